@@ -33,7 +33,7 @@ def sharpen(scheduler: Any) -> None:
 @pytest.mark.parametrize("name", schedulers.SOLVERS)
 @pytest.mark.parametrize(("steps", "strength"), [(1, 1.0), (4, 0.3), (6, 0.5), (12, 0.7), (30, 0.7), (50, 1.0)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_solver_steps_match_diffusers(name, steps, strength, dtype):
+def test_noise_and_solver_steps_match_diffusers(name, steps, strength, dtype):
     rng = np.random.default_rng(steps)
     schedule = TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, name)
     solver = make_solver(schedule)
@@ -43,16 +43,22 @@ def test_solver_steps_match_diffusers(name, steps, strength, dtype):
     # diffusers' DPM-Solver++ rounds the latent to float32 in either case. Of the largest value, because noise at random
     # instead of predicted makes latents grow far over 1.
     tolerance = 1e-5 if dtype is np.float32 else 1e-6 if name == "dpmpp2m" else 1e-9
-    ours = rng.standard_normal(SHAPE).astype(dtype)
-    theirs = torch.from_numpy(ours)
+
+    def compare(place: Any) -> None:
+        assert ours.dtype == dtype
+        limit = tolerance * float(theirs.abs().max())
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=limit, err_msg=f"at {place}")
+
+    z0, noise = rng.standard_normal((2, *SHAPE)).astype(dtype)
+    ours = schedule.add_noise(z0, noise)
+    start = torch.tensor([schedule.start_t] * len(z0))
+    theirs = scheduler.add_noise(torch.from_numpy(z0), torch.from_numpy(noise), start)
+    compare("the start")
     for step in schedule.steps:
         eps = rng.standard_normal(SHAPE).astype(dtype)
         ours = solver.step(eps, step.index, ours)
         theirs = scheduler.step(torch.from_numpy(eps), step.t, theirs).prev_sample
-        assert ours.dtype == dtype
-        np.testing.assert_allclose(
-            ours, theirs.numpy(), rtol=0, atol=tolerance * float(theirs.abs().max()), err_msg=f"at {step}"
-        )
+        compare(step)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -97,9 +103,8 @@ def test_alphas_cumprod_matches_diffusers(spec):
 
 
 def test_noise_schedule_lists_all_faults():
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(UsageError, match=r"(?s)train_steps.*0\.5 to 0\.1.*'cosine'.*scaled_linear, linear"):
         NoiseSchedule(0, 0.5, 0.1, "cosine")  # type: ignore[arg-type]
-    assert all(part in str(error.value) for part in ("train_steps", "0.5 to 0.1", "'cosine'", "scaled_linear, linear"))
 
 
 def img2img_timesteps(solver: str, steps: int, strength: float) -> list[int]:
@@ -113,55 +118,24 @@ def img2img_timesteps(solver: str, steps: int, strength: float) -> list[int]:
 
 @pytest.mark.parametrize("solver", schedulers.SOLVERS)
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.7, 0.99, 1.0])
-def test_timesteps_match_diffusers_img2img(solver, strength):
-    for steps in (4, 7, 12, 30, 50, 100, 334, 499):
+def test_timesteps_match_diffusers_img2img_up_to_most_steps(solver, strength):
+    largest = 999 if solver == "ddim" else 998
+    for steps in (4, 7, 12, 30, 50, 100, 334, 499, largest):
         schedule = TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, solver)
         expected = img2img_timesteps(solver, steps, strength)
         assert [step.t for step in schedule.steps] == expected
         assert [step.index for step in schedule.steps] == list(range(len(expected)))
+        assert [step.stage for step in schedule.steps] == [t // 100 for t in expected]  # docs/method.md §1.4
         assert schedule.start_t == expected[0]
-
-
-def test_stages_match_the_method_page():
-    # docs/method.md §4: 50 steps, strength 0.7 → 35 steps t = 681, 661, …, 1.
-    cut = TimestepSchedule.build(NoiseSchedule(), 50, 0.7, 10)
-    assert [(step.t, step.stage) for step in cut.steps] == [(t, t // 100) for t in range(681, 0, -20)]
-    # §9, unit test iii; the grid of 999 steps visits every t from 999 to 1.
-    stages = {step.t: step.stage for step in TimestepSchedule.build(NoiseSchedule(), 999, 1.0, 10).steps}
-    assert [stages[t] for t in (1, 99, 100, 681, 701, 999)] == [0, 0, 1, 6, 7, 9]
-
-
-@pytest.mark.parametrize("solver", schedulers.SOLVERS)
-def test_schedule_of_most_steps_has_distinct_timesteps(solver):
-    largest = 999 if solver == "ddim" else 998
-    timesteps = [step.t for step in TimestepSchedule.build(NoiseSchedule(), largest, 1.0, 10, solver).steps]
-    assert len(set(timesteps)) == largest
-    assert max(timesteps) == 999
+        assert len(set(expected)) == len(expected)
     with pytest.raises(UsageError, match=rf"found {largest + 1}; expected 1 to {largest}"):
-        TimestepSchedule.build(NoiseSchedule(), largest + 1, 1.0, 10, solver)
+        TimestepSchedule.build(NoiseSchedule(), largest + 1, strength, 10, solver)
 
 
 def test_schedule_lists_all_faults():
-    with pytest.raises(UsageError) as error:
+    message = "(?s)'euler'.*ddim, dpmpp2m, unipc, ddim_lsast.*nan.*stages.*found 0;"
+    with pytest.raises(UsageError, match=message):
         TimestepSchedule.build(NoiseSchedule(), 0, float("nan"), 0, "euler")
-    assert all(
-        part in str(error.value)
-        for part in ("found 0;", "nan", "'euler'", "ddim, dpmpp2m, unipc, ddim_lsast", "stages")
-    )
-
-
-@pytest.mark.parametrize("solver", schedulers.SOLVERS)
-def test_add_noise_matches_diffusers(solver):
-    rng = np.random.default_rng(0)
-    z0, noise = rng.standard_normal((2, 2, 4, 3, 5)).astype(np.float32)
-    schedule = TimestepSchedule.build(NoiseSchedule(), 12, 0.7, 10, solver)
-    scheduler = schedulers.scheduler(solver)
-    scheduler.set_timesteps(12)
-    t = torch.tensor([schedule.start_t])
-    expected = scheduler.add_noise(torch.from_numpy(z0), torch.from_numpy(noise), t).numpy()
-    noisy = schedule.add_noise(z0, noise)
-    assert noisy.dtype == np.float32
-    np.testing.assert_allclose(noisy, expected, rtol=1e-5, atol=1e-6)
 
 
 def released_run(steps: int, strength: float) -> tuple[int, list[int]]:
@@ -177,7 +151,8 @@ def released_run(steps: int, strength: float) -> tuple[int, list[int]]:
 
 def test_ddim_lsast_grid_matches_the_released_code():
     ran = failed = 0
-    for steps in range(1, 1001):
+    # Every spacing of the grid, where it changes, and of the widest ranges of one spacing a part.
+    for steps in sorted({*range(1, 170), *range(170, 1001, 9), 200, 201, 250, 251, 333, 334, 499, 500, 501, 999, 1000}):
         for strength in (0.001, 0.3, 0.7, 0.98, 1.0):
             try:
                 start, timesteps = released_run(steps, strength)
@@ -194,6 +169,6 @@ def test_ddim_lsast_grid_matches_the_released_code():
             assert (schedule.start_t, [step.t for step in schedule.steps]) == (start, timesteps), (steps, strength)
             assert all(step.stage == step.t // 100 for step in schedule.steps)
     assert ran > 500
-    assert failed > 500
+    assert failed > 400
     with pytest.raises(UsageError, match="expected 1 to 1000 with ddim_lsast"):
         TimestepSchedule.build(NoiseSchedule(), 1001, 0.7, 10, "ddim_lsast")

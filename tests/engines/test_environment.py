@@ -1,31 +1,10 @@
 """What the machine tells of processors and their limits."""
 
 import os
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lsast_engines.environment import core_limit
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Pretends processors, two of them a core with `smt`, the affinity mask, and files below the root."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-
-    def pretend(mask: set[int], smt: bool = False, files: dict[str, str] | None = None) -> Path:
-        monkeypatch.setattr(os, "sched_getaffinity", lambda process: mask, raising=False)
-        pairs = [f"{n % 4},{n % 4 + 4}\n" if smt else f"{n}\n" for n in range(8)]
-        cpus = "sys/devices/system/cpu"
-        topology = {f"{cpus}/cpu{n}/topology/thread_siblings_list": text for n, text in enumerate(pairs)}
-        for name, text in {**topology, **(files or {})}.items():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text(text)
-        return tmp_path
-
-    return pretend
-
 
 ALL = set(range(8))
 V1 = "sys/fs/cgroup/cpu/docker/abc/"
@@ -50,8 +29,16 @@ V1 = "sys/fs/cgroup/cpu/docker/abc/"
         ({0, 1}, False, {"proc/self/cgroup": "0::/../x\n"}, 2),
     ],
 )  # fmt: skip
-def test_core_limit_counts_cores_within_mask_and_quota(machine, mask, smt, files, expected):
-    assert core_limit(machine(mask, smt, files)) == expected
+def test_core_limit_counts_cores_within_mask_and_quota(tmp_path, monkeypatch, mask, smt, files, expected):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: mask, raising=False)
+    for n in range(8):
+        siblings = f"{n % 4},{n % 4 + 4}\n" if smt else f"{n}\n"
+        files = {**files, f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": siblings}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert core_limit(tmp_path) == expected
 
 
 def test_core_limit_without_affinity_masks_is_none(monkeypatch):

@@ -4,6 +4,7 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,20 @@ from lsast_engines.files import (
     NOWHERE,
     cache_home,
     data_home,
-    exchange,
     file_sha256,
     is_own,
     make_folder,
     replace_file,
-    scratch_folder,
     written_by_others,
 )
+
+
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], int]]:
+    """Sets the mask of new files' modes; it is as before at the end."""
+    before = os.umask(0)
+    yield os.umask
+    os.umask(before)
 
 
 def break_off(target: Path, error: type[BaseException]) -> None:
@@ -36,9 +43,6 @@ def test_replace_file_writes_whole_files_or_nothing(tmp_path):
         handle.write(b"old")
         assert not target.exists()
     assert target.read_bytes() == b"old"
-    plain = tmp_path / "plain"
-    plain.write_bytes(b"")
-    assert target.stat().st_mode == plain.stat().st_mode
     for error in (RuntimeError, KeyboardInterrupt):
         with pytest.raises(error):
             break_off(target, error)
@@ -82,15 +86,12 @@ def test_homes_follow_the_environment(tmp_path, monkeypatch):
         cache_home()
 
 
-def test_replace_file_never_touches_the_umask(tmp_path, monkeypatch):
-    before = os.umask(0o027)
-    try:
-        monkeypatch.delattr(os, "umask")
+def test_replace_file_never_touches_the_umask(tmp_path, monkeypatch, umask):
+    umask(0o027)
+    with monkeypatch.context() as patch:
+        patch.delattr(os, "umask")
         with replace_file(tmp_path / "new") as handle:
             handle.write(b"x")
-    finally:
-        monkeypatch.undo()
-        os.umask(before)
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
 
 
@@ -143,24 +144,6 @@ def test_replace_file_removes_what_a_killed_process_left_and_nothing_else(tmp_pa
     assert sorted(os.listdir(tmp_path)) == [".lsast-0123456789abcdef.tmp", ".lsast-mine.tmp", "next"]
 
 
-def test_scratch_folder_is_deleted_with_what_is_left_in_it(tmp_path):
-    with scratch_folder(tmp_path / "deep") as folder:
-        (folder / "kept").mkdir()
-        (folder / "left").mkdir()
-        (folder / "kept").rename(tmp_path / "deep" / "kept")
-    assert os.listdir(tmp_path / "deep") == ["kept"]
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="renameat2 is Linux's")
-def test_exchange_swaps_two_folders(tmp_path):
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        (tmp_path / name / f"was-{name}").touch()
-    assert exchange(tmp_path / "a", tmp_path / "b")
-    assert (os.listdir(tmp_path / "a"), os.listdir(tmp_path / "b")) == (["was-b"], ["was-a"])
-    assert not exchange(tmp_path / "a", tmp_path / "c")
-
-
 def test_homes_without_a_home_are_found_empty(monkeypatch):
     for name in ("LSAST_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -177,32 +160,26 @@ def test_homes_without_a_home_are_found_empty(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
-def test_replace_file_of_its_own_lets_nobody_else_write_at_any_moment(tmp_path):
+def test_replace_file_of_its_own_lets_nobody_else_write_at_any_moment(tmp_path, umask):
+    umask(0)
     file = tmp_path / "root" / "folder" / "file"
-    before = os.umask(0)
-    try:
-        with replace_file(file, own=True) as handle:
-            assert written_by_others(file.parent, tmp_path / "root") is None
-            handle.write(b"content")
+    with replace_file(file, own=True) as handle:
         assert written_by_others(file.parent, tmp_path / "root") is None
-        file.chmod(0o666)
-        with replace_file(file, own=True) as handle:
-            handle.write(b"content")
-        assert written_by_others(file.parent, tmp_path / "root") is None
-    finally:
-        os.umask(before)
+        handle.write(b"content")
+    assert written_by_others(file.parent, tmp_path / "root") is None
+    file.chmod(0o666)
+    with replace_file(file, own=True) as handle:
+        handle.write(b"content")
+    assert written_by_others(file.parent, tmp_path / "root") is None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
-def test_written_by_others_finds_the_first_folder_or_file_that_others_may_write(tmp_path, monkeypatch):
+def test_written_by_others_finds_the_first_folder_or_file_that_others_may_write(tmp_path, monkeypatch, umask):
     root = tmp_path / "root"
     folder, file = root / "a" / "b", root / "a" / "b" / "file"
     assert written_by_others(folder, root) is None
-    before = os.umask(0)
-    try:
-        make_folder(folder, FOR_OTHERS_TO_READ)
-    finally:
-        os.umask(before)
+    umask(0)
+    make_folder(folder, FOR_OTHERS_TO_READ)
     file.touch(0o644)
     tmp_path.chmod(0o777)  # above the root
     assert written_by_others(folder, root) is None

@@ -11,6 +11,8 @@ from PIL import Image
 from lsast_eval.metrics.content import Pixels
 
 SIDE = 128
+COUNT, WORKS = 6, 12
+"""How many contents there are; pictures in the folder of each artist, and in that of the photos."""
 
 
 def scene(seed: int, side: int = SIDE) -> Pixels:
@@ -50,12 +52,18 @@ def save(folder: Path, name: str, rgb: Pixels) -> Path:
 
 @pytest.fixture(scope="session")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``contents`` (8), ``artists/stripes`` and ``artists/blots`` (20 each), ``photos`` (20)."""
+    """`COUNT` in ``contents``; `WORKS` in ``artists/stripes``, in ``artists/blots`` and in ``photos``."""
     root = tmp_path_factory.mktemp("studio")
-    for seed in range(8):
+    for seed in range(COUNT):
         save(root / "contents", f"scene{seed}", scene(seed))
-    for seed in range(20):
+    for seed in range(WORKS):
         save(root / "photos", f"p{seed}", scene(1000 + seed))
         for kind in ("stripes", "blots"):
             save(root / "artists" / kind, f"w{seed}", hand(kind, seed))
     return root
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Features of pictures, computed once for all tests."""
+    return tmp_path_factory.mktemp("cache")

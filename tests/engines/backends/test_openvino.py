@@ -16,7 +16,7 @@ from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are dropped on Linux only")
 
-SIZE = 32 << 20
+SIZE = 8 << 20
 
 
 def resident(path: Path) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lsast_engines.bundle.safetensors_header import Slot, read_slots
@@ -22,39 +23,28 @@ from lsast_engines.bundle.style import (
 from lsast_engines.errors import StyleError, UsageError
 
 
-def test_style_file_round_trip_keeps_all_fields_in_float16(tmp_path, make_style):
-    style = make_style("vangogh")
-    style.save(tmp_path / "new" / "vangogh.safetensors")
-    loaded = Style.load(tmp_path / "new" / "vangogh.safetensors")
-    fields = ("name", "base", "stages", "tokens", "meta")
-    assert [getattr(loaded, field) for field in fields] == [getattr(style, field) for field in fields]
+def test_style_file_keeps_all_fields_in_float16_and_is_equal_for_equal_styles(tmp_path, make_style):
+    style, files = make_style(), [tmp_path / "new" / name for name in "abc"]
+    backwards = dataclasses.replace(style, meta=dict(reversed(style.meta.items())))
+    for each, file in zip((style, style, backwards), files, strict=True):
+        each.save(file)
+    assert len({file.read_bytes() for file in files}) == 1
+    loaded, stored = Style.load(files[0]), load_file(files[0])  # as any reader of safetensors sees it
     for name in ("kv_unet", "kv_control"):
         tensor = getattr(loaded, name)
-        assert tensor.dtype == np.float32
-        assert tensor.flags.c_contiguous
+        assert (tensor.dtype, tensor.flags.c_contiguous, stored[name].dtype) == (np.float32, True, np.float16)
         np.testing.assert_array_equal(tensor, getattr(style, name).astype(np.float16))
-    # Any safetensors reader sees the two tensors in half precision.
-    stored = load_file(tmp_path / "new" / "vangogh.safetensors")
-    assert {name: tensor.dtype for name, tensor in stored.items()} == {"kv_unet": np.float16, "kv_control": np.float16}
-
-
-def test_style_save_of_equal_styles_gives_equal_bytes(tmp_path, make_style):
-    style = make_style()
-    for name in ("1", "2"):
-        style.save(tmp_path / name)
-    backwards = dataclasses.replace(style, meta=dict(reversed(style.meta.items())))
-    backwards.save(tmp_path / "3")
-    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes() == (tmp_path / "3").read_bytes()
+    fields = ("name", "base", "stages", "tokens", "meta")
+    assert [getattr(loaded, field) for field in fields] == [getattr(style, field) for field in fields]
 
 
 def test_style_of_invalid_tensors_lists_all_faults(make_style):
     style = make_style()
     spoilt = style.kv_control.copy()
     spoilt[0, 0, 0] = np.nan
-    with pytest.raises(StyleError) as error:
+    shape = r"kv_unet: found shape \[9, 3, 20\]; expected \[10, 3, width\]"
+    with pytest.raises(StyleError, match=rf"{shape}\n.*kv_control: found NaN or infinite values"):
         dataclasses.replace(style, kv_unet=style.kv_unet[:9], kv_control=spoilt)
-    assert "kv_unet: found shape [9, 3, 20]; expected [10, 3, width]" in str(error.value)
-    assert "kv_control: found NaN or infinite values" in str(error.value)
 
 
 def test_style_save_refuses_paths_and_values_beyond_float16(tmp_path, make_style):
@@ -66,47 +56,53 @@ def test_style_save_refuses_paths_and_values_beyond_float16(tmp_path, make_style
     assert not list(tmp_path.iterdir())
 
 
-def resave(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> None:
-    from safetensors import safe_open
-
+def resave(path: Path, change: dict[str, Any] | Callable[[dict[str, Any], dict[str, Any]], object]) -> None:
+    """Write a style file again, with other fields in its header, or changed by a function of header and tensors."""
     with safe_open(path, "numpy") as file:
         header = json.loads(file.metadata()["lsast"])
     tensors = load_file(path)
-    change(header, tensors)
+    if callable(change):
+        change(header, tensors)
+    else:
+        header.update(change)
     save_file(tensors, path, {"lsast": json.dumps(header)})
 
 
-def set_value(header: dict[str, Any], tensors: dict[str, Any]) -> None:
-    tensors["kv_unet"][0, 0, 0] += 1
+def make_infinite(header: dict[str, Any], tensors: dict[str, Any]) -> None:
+    tensors["kv_control"][4] = np.inf
+    header["sha256"][4] = stage_digest({name: tensor[4] for name, tensor in tensors.items()})
+
+
+WRONG_DEFAULTS = ["{", "[1]", '{"size": 64}', '{"steps": "many"}', "[" * 10**5, '{"strength": 1' + "0" * 400 + "}"]
+WRONG_STATISTICS = [
+    *("{", "[]", '{"mean": [0.1]}', '{"mean": [0.1], "std": [0.0]}', '{"mean": [0.1, 1], "std": [1]}'),
+    *('{"mean": [], "std": []}', '{"mean": ["a"], "std": [1]}', '{"mean": [1e999], "std": [1]}'),
+]
+STATISTICS_FAULT = r"latent_statistics(\.\w+(\[0\])?)?: (found|invalid)"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_value, "SHA-256 of stage 0 differs"),
-        (lambda header, tensors: tensors.pop("kv_control"), "kv_control: found no such tensor"),
-        (lambda header, tensors: header.update(stages=9), r"kv_unet: found shape \[10, 3, 20\]; expected \[9, 3"),
+        (lambda _, tensors: tensors["kv_unet"].__setitem__((0, 0, 0), 7), "SHA-256 of stage 0 differs"),
+        (make_infinite, "NaN or infinite values in kv_control of stage 4"),
+        (lambda _, tensors: tensors.pop("kv_control"), "kv_control: found no such tensor"),
         (
-            lambda header, tensors: header.update(name=3, tokens="3"),
-            r"name: found 3; expected text\n.*tokens: found '3'",
-        ),
-        (lambda header, tensors: header.update(meta=[1]), "meta: found .1.; expected an object"),
-        (lambda header, tensors: header.update(format=1), "has format 1; this version reads format 2"),
-        (lambda header, tensors: header.update(sha256=[1] * 10), r"sha256\[0\]: found 1; expected text"),
-        (
-            lambda header, tensors: header.update(name="../../.bashrc"),
-            r"name: found '\.\./\.\./\.bashrc'; expected up to",
-        ),
-        (lambda header, tensors: header.update(name="a\x1b[2J"), "name: found .*; expected up to"),
-        (lambda header, tensors: header.update(meta={"defaults": '{"strength": 1' + "0" * 400 + "}"}), "defaults: str"),
-        (lambda header, tensors: header.update(meta={"defaults": "[" * 10**5}), "expected a JSON object"),
-        (lambda header, tensors: header.update(meta={"defaults": [1]}), r"meta\.defaults: found \[1\]; expected text"),
-        (lambda header, tensors: header["sha256"].pop(), "sha256: found 9 texts; expected one for each of 10 stages"),
-        (
-            lambda header, tensors: tensors.update(kv_unet=tensors["kv_unet"].astype(np.float32)),
+            lambda _, tensors: tensors.update(kv_unet=np.zeros((10, 3, 20), "f4")),
             "kv_unet: found type F32; expected F16",
         ),
-        (lambda header, tensors: header.pop("format"), "not a style; bake one with: lsast-export"),
+        (lambda header, _: header["sha256"].pop(), "sha256: found 9 texts; expected one for each of 10 stages"),
+        (lambda header, _: header.pop("format"), "not a style; bake one with: lsast-export"),
+        ({"format": 1}, "has format 1; this version reads format 2"),
+        ({"stages": 9}, r"kv_unet: found shape \[10, 3, 20\]; expected \[9, 3"),
+        ({"sha256": [1] * 10}, r"sha256\[0\]: found 1; expected text"),
+        ({"name": 3, "tokens": "3"}, r"name: found 3; expected text\n.*tokens: found '3'"),
+        ({"name": "../../.bashrc"}, r"name: found '\.\./\.\./\.bashrc'; expected up to"),
+        ({"name": "a\x1b[2J"}, "name: found .*; expected up to"),
+        ({"meta": [1]}, "meta: found .1.; expected an object"),
+        ({"meta": {"defaults": [1]}}, r"meta\.defaults: found \[1\]; expected text"),
+        *(({"meta": {"defaults": text}}, "defaults: ") for text in WRONG_DEFAULTS),
+        *(({"meta": {"latent_statistics": text}}, STATISTICS_FAULT) for text in WRONG_STATISTICS),
     ],
 )
 def test_style_load_refuses_damaged_files(tmp_path, make_style, change, message):
@@ -145,22 +141,6 @@ def test_style_file_that_is_cut_off_while_it_is_open_raises(tmp_path, make_style
         file.stage(3)
 
 
-def test_style_file_refuses_a_stage_that_is_not_finite(tmp_path, make_style):
-    path = tmp_path / "a.safetensors"
-    make_style().save(path)
-
-    def spoil(header: dict[str, Any], tensors: dict[str, Any]) -> None:
-        tensors["kv_control"][4] = np.inf
-        row = {name: tensor[4] for name, tensor in tensors.items()}
-        header["sha256"][4] = stage_digest(row)
-
-    resave(path, spoil)
-    file = StyleFile(path)
-    file.stage(5)
-    with pytest.raises(StyleError, match="NaN or infinite values in kv_control of stage 4"):
-        file.stage(4)
-
-
 def test_style_load_refuses_unreadable_files(tmp_path, make_style):
     path = tmp_path / "a.safetensors"
     with pytest.raises(StyleError, match="found no style file"):
@@ -179,45 +159,24 @@ def test_style_load_refuses_unreadable_files(tmp_path, make_style):
         Style.load(path)
 
 
-def saved(folder: Path, meta: dict[str, str]) -> Path:
-    zeros = np.zeros((2, 3, 4), np.float32)
-    path = folder / "hand.safetensors"
-    Style("hand", "5a" * 32, 2, 3, zeros, zeros, meta).save(path)
-    return path
-
-
-def test_style_file_gives_its_defaults_and_the_statistics_of_its_latents(tmp_path):
+def test_style_file_gives_its_defaults_and_the_statistics_of_its_latents(tmp_path, make_style):
     values = {"strength": 1.0, "guidance": 8, "control_scale": 0.9, "steps": 11, "solver": "ddim"}
     statistics = LatentStatistics((0.1, -2.0), (0.5, 1.25))
     meta = {"licence": "", **encode_defaults(values), **statistics.to_meta()}
-    full, empty = StyleFile(saved(tmp_path, meta)), StyleFile(saved(tmp_path, encode_defaults({})))
+    for name, written in (("full", meta), ("empty", encode_defaults({}))):
+        dataclasses.replace(make_style(), meta=written).save(tmp_path / name)
+    full, empty = StyleFile(tmp_path / "full"), StyleFile(tmp_path / "empty")
     assert (full.defaults, full.latent_statistics, full.meta) == (values, statistics, meta)
     assert (empty.defaults, empty.latent_statistics) == ({}, None)
 
 
-def test_encode_defaults_lists_all_invalid_values():
+def test_encode_defaults_lists_all_invalid_values_and_decode_gives_none():
     with pytest.raises(UsageError) as caught:
         encode_defaults({"style": "monet", "steps": 2.5, "strength": True, "guidance": 3})
     for part in ("'style'", "steps: found 2.5", "strength: found True"):
         assert part in str(caught.value)
     assert "guidance: found" not in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", '{"size": 64}', '{"steps": "many"}'])
-def test_style_file_with_invalid_defaults_is_refused(tmp_path, text):
-    with pytest.raises(StyleError, match="defaults"):
-        StyleFile(saved(tmp_path, {"defaults": text}))
-    assert decode_defaults({"defaults": text})[0] == {}
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["{", "[]", '{"mean": [0.1]}', '{"mean": [0.1], "std": [0.0]}', '{"mean": [0.1, 1], "std": [1]}',
-     '{"mean": [], "std": []}', '{"mean": ["a"], "std": [1]}', '{"mean": [1e999], "std": [1]}'],
-)  # fmt: skip
-def test_style_file_with_invalid_statistics_is_refused(tmp_path, text):
-    with pytest.raises(StyleError, match=r"latent_statistics(\.\w+(\[0\])?)?: (found|invalid)"):
-        StyleFile(saved(tmp_path, {"latent_statistics": text}))
+    assert all(decode_defaults({"defaults": text})[0] == {} for text in WRONG_DEFAULTS)
 
 
 def test_style_file_can_be_read_until_python_has_ended(tmp_path, make_style):

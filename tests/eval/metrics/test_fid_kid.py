@@ -57,16 +57,6 @@ def test_score_of_covers_the_truth_at_its_level():
     assert 0.82 < hits / 300 < 0.95
 
 
-def test_score_of_centres_the_replicates():
-    """The bootstrap of FID lies above the FID; uncentred, the interval would not even hold the figure."""
-    x, y = _sample(10, 20), _sample(30, 20, seed=5)
-    value, replicates = fid(x, y, bootstrap_indices(10, 100, 0))
-    assert replicates.mean() > value
-    score = score_of(value, replicates, 0.95)
-    assert score.low < value < score.high
-    assert score.replicates.mean() == pytest.approx(value)
-
-
 def test_wilson_matches_published_intervals():
     # Newcombe 1998, table I, method 3: 81 of 263 and 0 of 20 at 95 %.
     assert wilson(81, 263, 0.95) == pytest.approx((0.2553, 0.3662), abs=5e-5)

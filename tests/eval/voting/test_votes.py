@@ -53,16 +53,10 @@ def test_win_rates_of_known_votes():
         win_rates([])
 
 
-def test_read_votes_gives_what_was_appended(tmp_path):
-    votes = [_vote("ours", "magenta", "tie", "Æ\n\udce9"), _vote("magenta", "ours", "left")]
-    for vote in votes:
-        append_vote(tmp_path / "deep" / "votes.jsonl", vote)
-    assert read_votes([tmp_path / "deep" / "votes.jsonl"]) == votes
-
-
 @pytest.mark.parametrize("kept", [1, 5, 60, -1])
-def test_append_vote_after_an_unfinished_line_removes_it(tmp_path, caplog, kept):
-    path, votes = tmp_path / "votes.jsonl", [_vote("ours", "magenta", "left", name) for name in "abc"]
+def test_append_vote_adds_what_read_votes_gives_and_removes_an_unfinished_line(tmp_path, caplog, kept):
+    path = tmp_path / "deep" / "votes.jsonl"
+    votes = [_vote("ours", "magenta", choice, "Æ\n\udce9") for choice in ("left", "tie", "right")]
     append_vote(path, votes[0])
     whole = path.read_bytes()
     path.write_bytes(whole + whole[: kept - (kept < 0)])
