@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from PIL import Image
 
-from lsast.cli.main import main
 from lsast.cli.watch import watch
 from lsast_engines import picture_file
 from lsast_engines.errors import PictureError
@@ -31,27 +29,23 @@ def folder(folder: Path, photo: np.ndarray) -> Path:
     return folder
 
 
-def _run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments)
-
-
 def _feed(name: str) -> None:
     threading.Thread(target=lambda: Path("pipe").write_bytes(Path(name).read_bytes()), daemon=True).start()
 
 
-def test_lsast_run_of_a_pipe_paints_what_comes_out_of_it(folder):
-    assert _run("in.png", "expected.png").exit_code == 0
+def test_lsast_run_of_a_pipe_paints_what_comes_out_of_it(run):
+    assert run("in.png", "expected.png").exit_code == 0
     _feed("in.png")
-    assert _run("pipe", "out.png").exit_code == 0
+    assert run("pipe", "out.png").exit_code == 0
     assert Path("out.png").read_bytes() == Path("expected.png").read_bytes()
     _feed("in.png")
-    assert _run("pipe", "sheet.png", "--grid", "strength=0.4,0.6").exit_code == 0
+    assert run("pipe", "sheet.png", "--grid", "strength=0.4,0.6").exit_code == 0
 
 
-def test_lsast_run_reads_a_mask_from_a_pipe_once_for_all_pictures(folder):
-    assert _run("in.png", "expected.png", "-m", "mask.png").exit_code == 0
+def test_lsast_run_reads_a_mask_from_a_pipe_once_for_all_pictures(run):
+    assert run("in.png", "expected.png", "-m", "mask.png").exit_code == 0
     _feed("mask.png")
-    assert _run("photos/a.png", "photos/b.png", "painted/", "-m", "pipe").exit_code == 0
+    assert run("photos/a.png", "photos/b.png", "painted/", "-m", "pipe").exit_code == 0
     for name in ("a", "b"):
         assert Path(f"painted/{name}.png").read_bytes() == Path("expected.png").read_bytes()
 
@@ -65,15 +59,15 @@ def test_lsast_run_reads_a_mask_from_a_pipe_once_for_all_pictures(folder):
         (["--from", "in.png", "pipe"], "it is read more than once"),
     ],
 )
-def test_lsast_run_refuses_a_pipe_where_one_reading_is_not_enough(folder, arguments, words):
-    result = _run(*arguments)
+def test_lsast_run_refuses_a_pipe_where_one_reading_is_not_enough(run, arguments, words):
+    result = run(*arguments)
     assert result.exit_code in (1, 2)
     assert words in result.stderr
 
 
 @pytest.mark.parametrize("source", ["photos", "photos/*.png"])
-def test_lsast_run_names_the_pipes_of_a_folder_and_paints_the_others(folder, source):
-    result = _run(source, "painted/")
+def test_lsast_run_names_the_pipes_of_a_folder_and_paints_the_others(run, source):
+    result = run(source, "painted/")
     assert (result.exit_code, result.stderr.count("pipe.png is left out: it is no file")) == (0, 1)
     assert sorted(os.listdir("painted")) == ["a.png", "b.png"]
 

@@ -6,12 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
-import lsast
 from lsast import PictureError, UsageError
-from lsast.cli.main import main
 from lsast.images.contact_sheet import CELL, contact_sheet, parse_axes
 
 AXES: dict[str, list[Any]] = {
@@ -84,18 +81,15 @@ def test_parse_axes_with_invalid_axes_raises(texts, words):
         parse_axes(texts)
 
 
-def test_lsast_run_with_grid_writes_a_sheet(bundle_path, photo, tmp_path):
-    Image.fromarray(photo).save(tmp_path / "in.png")
-    arguments = [str(tmp_path / "in.png"), str(tmp_path / "sheet.png"), "--bundle", str(bundle_path), "--json"]
-    result = CliRunner().invoke(main, [*arguments, "--grid", "strength=0.3,0.7", "--grid", "style=monet,vangogh"])
+def test_lsast_run_with_grid_writes_a_sheet(run, stylizer, photo):
+    result = run("in.png", "sheet.png", "--json", "--grid", "strength=0.3,0.7", "--grid", "style=monet,vangogh")
     assert (result.exit_code, result.stderr) == (0, "")
     report = json.loads(result.stdout)
     assert (report["cells"], report["axes"]) == (4, {"strength": [0.3, 0.7], "style": ["monet", "vangogh"]})
-    with lsast.load(bundle_path) as stylizer, Image.open(tmp_path / "sheet.png") as saved:
-        expected = contact_sheet(stylizer, photo, report["axes"]).image
-        np.testing.assert_array_equal(saved, expected)
-    masked = ["--mask", arguments[0], "--grid", "keep_colour=true,false", "--grid", "fit=aspect,stretch"]
-    assert CliRunner().invoke(main, [*arguments, *masked, "--size", "64"]).exit_code == 0
+    with Image.open("sheet.png") as saved:
+        np.testing.assert_array_equal(saved, contact_sheet(stylizer, photo, report["axes"]).image)
+    masked = ["--mask", "in.png", "--grid", "keep_colour=true,false", "--grid", "fit=aspect,stretch"]
+    assert run("in.png", "sheet.png", *masked, "--size", "64").exit_code == 0
 
 
 def test_contact_sheet_that_cannot_be_made_is_refused_before_it_is_painted(stylizer, photo):
