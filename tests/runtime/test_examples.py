@@ -224,18 +224,8 @@ def test_ray_example_paints_what_one_stylizer_paints(bundle_path, photo, tmp_pat
         Image.fromarray(np.roll(photo, 9 * index, axis=1)).save(path)
     (tmp_path / "in" / "bad.png").write_bytes(b"no picture")
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    command = [
-        sys.executable,
-        str(EXAMPLES / "ray_dataset.py"),
-        "in",
-        "out",
-        "--style",
-        "monet",
-        "--size",
-        "64",
-        "--actors",
-        "1",
-    ]
+    options = ("--style", "monet", "--size", "64", "--actors", "1")
+    command = [sys.executable, str(EXAMPLES / "ray_dataset.py"), "in", "out", *options]
 
     def run() -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)

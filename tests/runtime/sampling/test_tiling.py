@@ -106,12 +106,15 @@ def test_tiled_denoiser_gives_the_weighted_mean_of_the_tiles_noise():
     np.testing.assert_allclose(found[0], expected, atol=1e-3)
 
 
-def test_stylize_in_tiles_with_graphs_of_short_reach_paints_what_it_paints_whole(stylizer, photo):
+@pytest.mark.parametrize(
+    "options", [{}, {"solver": "dpmpp2m"}, {"solver": "unipc"}, {"cache_interval": 3}, {"decoder": "small"}], ids=str
+)
+def test_stylize_in_tiles_with_graphs_of_short_reach_paints_what_it_paints_whole(split_stylizer, photo, options):
+    """The tiny graphs look no further than two cells; with a cache, each tile has its own."""
     large = np.tile(photo, (4, 3, 1))[:330, :400]
-    for solver in ("ddim", "dpmpp2m", "unipc"):
-        whole, tiled = (_pixels(stylizer.stylize(large, size=0, tile=tile, solver=solver)) for tile in (0, 128))
-        assert np.abs(whole - tiled).max() <= 1, solver
-        assert whole.std() > 5, "a flat picture proves nothing"
+    whole, tiled = (_pixels(split_stylizer.stylize(large, size=0, tile=tile, **options)) for tile in (0, 128))
+    assert np.abs(whole - tiled).max() <= 1
+    assert whole.std() > 5, "a flat picture proves nothing"
 
 
 def test_stylize_in_tiles_runs_every_graph_on_tiles_alone(stylizer, photo, monkeypatch):

@@ -147,14 +147,8 @@ def test_preview_after_the_last_step_is_the_painting_scaled_down():
         rgb = np.asarray(image.convert("RGB").resize((128, 128)))
     shown: list[np.ndarray] = []
     with lsast.load(EMBEDDED, backend="onnxruntime", threads=1) as mini:
-        result = mini.stylize(
-            rgb,
-            steps=8,
-            strength=0.75,
-            size=0,
-            guidance=1.0,
-            on_step=lambda step, total, look: shown.append(np.asarray(look())),
-        )
+        options: dict[str, Any] = {"steps": 8, "strength": 0.75, "size": 0, "guidance": 1.0}
+        result = mini.stylize(rgb, **options, on_step=lambda step, total, look: shown.append(np.asarray(look())))
     small = cv2.resize(np.asarray(result.image), (16, 16), interpolation=cv2.INTER_AREA).astype(float)
     errors = [np.abs(preview - small).mean() for preview in shown]
     assert np.corrcoef(shown[-1].ravel(), small.ravel())[0, 1] > 0.8

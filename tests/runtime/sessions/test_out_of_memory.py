@@ -14,10 +14,10 @@ import numpy as np
 import lsast
 
 small = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-large = small.repeat(16, 0).repeat(16, 1)
+large = small.repeat(8, 0).repeat(8, 1)
 with lsast.load(backend=sys.argv[1], threads=int(sys.argv[2]), compute_dtype="fp32") as stylizer:
     first = np.asarray(stylizer.stylize(small, size=64, steps=1))
-    for spare in (10_000_000, 60_000_000, 400_000_000):
+    for spare in (5_000_000, 20_000_000, 100_000_000):
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         _, most = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (used + spare, most))

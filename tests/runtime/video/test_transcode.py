@@ -175,12 +175,15 @@ def test_check_video_with_invalid_arguments_raises_before_painting(photo, tmp_pa
         container.mux(tone.encode(None))
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "empty.mp4").touch()
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile clip.mp4\n")  # no file that a file names is read
     write_clip(tmp_path / "clip.mp4", photo, 2)
     before = os.listdir(tmp_path)
     for given, out, error, words in (
         ("clip.mkv", "out.mp4", PictureError, "no picture"),
-        ("broken.mp4", "out.mp4", PictureError, "cannot be read as a video"),
-        ("empty.mp4", "out.mp4", PictureError, "cannot be read as a video"),
+        *(
+            (f"{name}.mp4", "out.mp4", PictureError, "cannot be read as a video")
+            for name in ("broken", "empty", "list")
+        ),
         ("missing.mp4", "out.mp4", PictureError, "found no file"),
         ("clip.mp4", "out.png", UsageError, r"out\.png; expected a name that ends in \.apng, \.gif, \.m4v"),
         ("clip.mp4", "clip.mp4", UsageError, r"clip\.mp4 as both IN and OUT"),
