@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +70,17 @@ def source_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that a test starts find this source."""
     packages = [str(Path(__file__).parents[2] / name) for name in ("engines", "export", "runtime", "train")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*packages, os.environ.get("PYTHONPATH", "")]))
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a program with arguments in a process of its own."""
+
+    def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+
+    return run
 
 
 node = helper.make_node

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from PIL import Image
 
 import lsast
 from lsast.cli.commands import main
-from lsast.cli.main import main as run
+from lsast_engines.backends import fp32_weights
 
 COMMANDS = ["run", "serve", "train", "export", "eval", "styles", "cache", "doctor"]
 
@@ -50,9 +51,9 @@ def test_wrong_command_says_which_is_meant(invoke):
     assert invoke("paint", "in.png").stderr.endswith("; did you mean run?\n")
 
 
-def test_run_is_lsast_run(invoke):
+def test_run_is_lsast_run(invoke, run):
     assert invoke("-q", "run", "in.png", "a.png", "--seed", "3", "--size", "64").stdout == "a.png\n"
-    assert CliRunner().invoke(run, ["in.png", "b.png", "--seed", "3", "--size", "64"]).stdout == "b.png\n"
+    assert run("in.png", "b.png", "--seed", "3", "--size", "64").stdout == "b.png\n"
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
@@ -98,6 +99,31 @@ def test_shell_completion_knows_commands_styles_and_names(invoke, shell, monkeyp
     for command in COMMANDS:
         if command not in ("train", "export", "eval") or importlib.util.find_spec(f"lsast_{command}"):
             assert "--version" in completed(command, "--ver")
+
+
+def test_cache_lists_prunes_and_clears(run, folder, bundle_path, monkeypatch):
+    def cached(action: str) -> list[tuple[str, str, bool]]:
+        result = run("--cache", action, "--json")
+        assert result.exit_code == 0, result.stderr
+        return [(entry["kind"], entry["source"], entry["used"]) for entry in json.loads(result.stdout)["entries"]]
+
+    monkeypatch.setenv("LSAST_HOME", str(folder / "home"))
+    monkeypatch.setattr(fp32_weights, "MIN_BYTES", 1)
+    assert cached("list") == []
+    for name in ("here", "gone"):
+        shutil.copytree(bundle_path, name)
+        assert run("in.png", "out.png", "--bundle", name, "--size", "64", "--backend", "onnxruntime").exit_code == 0
+    shutil.copytree(bundle_path, "home/engines/mine")
+    shutil.copytree("home/compiled/onnxruntime", "home/compiled/mini-0123/rtx")
+    shutil.rmtree("gone")
+
+    kind, here, gone = "graphs of onnxruntime", str(folder / "here"), str(folder / "gone")
+    engines = ("compiled engines", "mini-0123", True)
+    assert set(cached("list")) == {(kind, here, True), (kind, gone, False), engines}
+    assert f"{gone} (gone or changed" in run("--cache", "list").stdout
+    assert set(cached("prune")) == {(kind, here, True), engines}
+    assert cached("clear") == []
+    assert Path("home/engines/mine/manifest.json").is_file()
 
 
 @pytest.mark.parametrize(

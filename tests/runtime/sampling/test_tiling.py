@@ -8,8 +8,8 @@ import pytest
 import lsast
 from lsast import Stylizer
 from lsast.request import Request
-from lsast.sampling.networks import Floats, Graph, decode, decode_rgb, embed_edges, encode
-from lsast.sampling.tiling import TiledDenoiser, TileGrid, TileSpan, tiled_decoder, tiled_encoder
+from lsast.sampling.networks import Graph, decode, decode_rgb, embed_edges, encode
+from lsast.sampling.tiling import TileGrid, TileSpan, tiled_decoder, tiled_encoder
 from lsast_engines.bundle.bundle import EMBEDDED
 from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, VAE_DECODER, VAE_ENCODER
 
@@ -74,36 +74,13 @@ def test_tile_span_in_pixels_has_weights_that_are_linear_between_cells():
     np.testing.assert_allclose(weight[2:6], [0.125, 0.375, 0.625, 0.875])
 
 
-class _Positions:
-    """A denoiser whose noise at a cell is where the cell lies in what it is given, plus the hint: depends on tiles."""
-
-    def __call__(self, latent: Floats, timestep: Any, hint: Floats, style: Any, control_scale: Any) -> Floats:
-        rows, columns = np.mgrid[0 : latent.shape[-2], 0 : latent.shape[-1]]
-        eps: Floats = (latent + 100 * rows + columns + hint)[None].astype(np.float32)
-        return eps
-
-    def release_memory(self) -> None: ...
-
-
-def test_tiled_denoiser_gives_the_weighted_mean_of_the_tiles_noise():
-    denoiser = TiledDenoiser(_Positions, grid := TileGrid.cover((128, 448), 128, 8))
-    rng = np.random.default_rng(0)
-    latent = rng.standard_normal((2, 4, 16, 56), dtype=np.float32)
-    hint = rng.standard_normal((2, 1, 16, 56), dtype=np.float32)
-    found = denoiser(latent, np.array([1, 1]), hint, None, np.float32(1))  # type: ignore[arg-type]
-    # By hand: tiles of 16 cells start at every 10th, so that one hands over to the next at 13, 23, 33 and 43; tiles
-    # overlap by a quarter of 16 at least, and half of that, 2 cells, is what the blend goes over.
+def test_tile_grid_blend_goes_over_two_cells_in_the_middle_of_an_overlap():
+    # Tiles of 16 cells overlap by a quarter at least, and half of that, 2 cells, is what the blend goes over.
+    grid = TileGrid.cover((128, 448), 128, 8)
     assert [span.cells.start for span in grid.columns] == [0, 10, 20, 30, 40]
-    places = np.zeros(56)
-    for x in range(56):
-        tile = sum(x >= handing_over for handing_over in (13, 23, 33, 43))
-        places[x] = x - 10 * tile
-        if x + 1 in (13, 23, 33, 43):
-            places[x] = 0.75 * places[x] + 0.25 * (places[x] - 10)
-        if x in (13, 23, 33, 43):
-            places[x] = 0.75 * places[x] + 0.25 * (places[x] + 10)
-    expected = latent + hint + 100 * np.arange(16)[:, None] + places
-    np.testing.assert_allclose(found[0], expected, atol=1e-3)
+    between = [number + share for number in range(4) for share in (*[0] * 8, 0.25, 0.75)]
+    found = grid.blend(np.full((16, 16), number, np.float32) for number in range(5))
+    np.testing.assert_allclose(found, np.tile([*[0] * 4, *between, *[4] * 12], (16, 1)), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ import asyncio
 import io
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -241,16 +239,15 @@ time.sleep(np.random.default_rng().uniform(0, 0.1))
 
 @pytest.mark.parametrize("backend", sorted(available_backends()))
 @pytest.mark.parametrize("what", ["paint", "load", "callback"])
-def test_exit_while_a_daemon_thread_works_is_clean(bundle_path, backend, what):
-    done = subprocess.run(
-        [sys.executable, "-c", EXIT, str(bundle_path), backend, what], capture_output=True, text=True, timeout=SECONDS
-    )
+def test_exit_while_a_daemon_thread_works_is_clean(python, bundle_path, backend, what):
+    done = python(EXIT, bundle_path, backend, what)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 FORK = """
-import os, sys
+import os, sys, warnings
 import numpy as np, lsast
+warnings.simplefilter("ignore")  # of forks beside threads
 photo = np.zeros((64, 64, 3), np.uint8)
 with lsast.load(sys.argv[1]) as stylizer:
     expected = np.asarray(stylizer.stylize(photo).image)
@@ -270,7 +267,6 @@ with lsast.load(sys.argv[1]) as stylizer:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_fork_inside_on_step_paints_and_refuses_to_go_on_with_its_parents_painting(bundle_path):
-    command = [sys.executable, "-W", "ignore", "-c", FORK, str(bundle_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+def test_fork_inside_on_step_paints_and_refuses_to_go_on_with_its_parents_painting(python, bundle_path):
+    done = python(FORK, bundle_path)
     assert done.returncode == 0, done.stderr

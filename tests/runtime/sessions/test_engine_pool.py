@@ -4,7 +4,6 @@ import hashlib
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -60,8 +59,9 @@ def test_stylize_in_eight_threads_gives_the_serial_bytes(bundle_path, photo, bac
 
 
 FORK = """
-import hashlib, os, sys, threading
+import hashlib, os, sys, threading, warnings
 import numpy as np, lsast
+warnings.simplefilter("ignore")  # of forks beside threads
 bundle, backend = sys.argv[1:]
 rng = np.random.default_rng(0)
 photo = rng.integers(0, 256, (96, 160, 3), dtype=np.uint8)
@@ -100,13 +100,8 @@ print("equal")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("backend", sorted(available_backends()))
-def test_stylize_in_a_forked_process_gives_the_same_while_its_parent_paints(bundle_path, backend):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK, str(bundle_path), backend],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def test_stylize_in_a_forked_process_gives_the_same_while_its_parent_paints(python, bundle_path, backend):
+    done = python(FORK, bundle_path, backend)
     assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
 
 

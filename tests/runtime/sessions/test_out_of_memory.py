@@ -1,6 +1,5 @@
 """Too little memory is an `OutOfMemoryError`, whoever finds it, and never another picture; then painting goes on."""
 
-import subprocess
 import sys
 
 import pytest
@@ -32,9 +31,8 @@ with lsast.load(backend=sys.argv[1], threads=int(sys.argv[2]), compute_dtype="fp
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="bounds the memory of a process as Linux does")
 @pytest.mark.parametrize(("backend", "threads"), [("onnxruntime", 1), ("openvino", 1), ("openvino", 2)])
-def test_stylize_with_too_little_memory_says_so_and_paints_the_same_afterwards(backend, threads):
-    command = [sys.executable, "-c", SCRIPT, backend, str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def test_stylize_with_too_little_memory_says_so_and_paints_the_same_afterwards(python, backend, threads):
+    done = python(SCRIPT, backend, threads)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr[-2000:]
     assert lines.count("True") == 3
