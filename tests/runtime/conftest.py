@@ -68,7 +68,7 @@ def weights() -> SimpleNamespace:
 @pytest.fixture(autouse=True)
 def source_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that a test starts find this source."""
-    packages = [str(Path(__file__).parents[2] / name) for name in ("engines", "export", "runtime", "train")]
+    packages = [str(Path(__file__).parents[2] / name) for name in ("engines", "eval", "export", "runtime", "train")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*packages, os.environ.get("PYTHONPATH", "")]))
 
 

@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,18 +132,12 @@ def test_cache_lists_prunes_and_clears(run, folder, bundle_path, monkeypatch):
         *("eval --works .", "serve"),
     ],
 )
-def test_command_of_a_missing_extra_says_first_how_to_install_it(tmp_path, arguments):
+def test_command_of_a_missing_extra_says_first_how_to_install_it(python, arguments):
     code = (
         "import sys\nsys.modules.update(dict.fromkeys(['torch', 'diffusers', 'fastapi', 'uvicorn']))\n"
         f"from lsast.cli.commands import main\nmain({arguments.split()!r})"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": ":".join(filter(None, sys.path)), "HOME": str(tmp_path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = python(code)
     extra = arguments.split()[0].replace("serve", "server")
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     assert done.stderr.count("\n") == 1

@@ -21,7 +21,7 @@ from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS, 
 
 
 @pytest.fixture(params=sorted({"onnxruntime", "openvino"} & available_backends().keys()))
-def stylizer(request: pytest.FixtureRequest, split_path: Path) -> Iterator[Stylizer]:
+def split(request: pytest.FixtureRequest, split_path: Path) -> Iterator[Stylizer]:
     with lsast.load(split_path, backend=request.param, threads=1) as opened:
         yield opened
 
@@ -30,13 +30,13 @@ def _pixels(result: lsast.Result) -> np.ndarray:
     return np.asarray(result.image).astype(int)
 
 
-def test_stylize_without_cache_interval_opens_no_split_graph(stylizer, bundle_path, photo):
-    with lsast.load(bundle_path, backend=stylizer.backend, threads=1) as without:
+def test_stylize_without_cache_interval_opens_no_split_graph(split, bundle_path, photo):
+    with lsast.load(bundle_path, backend=split.backend, threads=1) as without:
         expected = _pixels(without.stylize(photo, seed=3))
-    assert (_pixels(stylizer.stylize(photo, seed=3)) == expected).all()
-    assert set(stylizer._pool.engines) == {*REQUIRED_GRAPHS}
-    stylizer.stylize(photo, cache_interval=2)
-    assert set(stylizer._pool.engines) == {*REQUIRED_GRAPHS, *UNET_SPLIT_GRAPHS}
+    assert (_pixels(split.stylize(photo, seed=3)) == expected).all()
+    assert set(split._pool.engines) == {*REQUIRED_GRAPHS}
+    split.stylize(photo, cache_interval=2)
+    assert set(split._pool.engines) == {*REQUIRED_GRAPHS, *UNET_SPLIT_GRAPHS}
 
 
 @pytest.mark.parametrize(
@@ -50,19 +50,17 @@ def test_stylize_without_cache_interval_opens_no_split_graph(stylizer, bundle_pa
         ({"decoder": "small"}, "found no graph vae_decoder_tiny .* lsast-export decoder {} --small FOLDER"),
     ],
 )
-def test_option_whose_graphs_the_bundle_lacks_says_what_adds_them(bundle_path, photo, option, words):
+def test_option_whose_graphs_the_bundle_lacks_says_what_adds_them(stylizer, bundle_path, photo, option, words):
     words = words.format(re.escape(str(bundle_path)))
-    with lsast.load(bundle_path, threads=1) as without:
-        for use in (without.resolve, partial(without.stylize, photo)):
-            with pytest.raises(BundleError, match=words):
-                use(**option)
+    for use in (stylizer.resolve, partial(stylizer.stylize, photo)):
+        with pytest.raises(BundleError, match=words):
+            use(**option)
 
 
-def test_bundle_in_int8_without_split_graphs_is_to_be_quantized_again_not_replaced(bundle_path):
+def test_bundle_in_int8_without_split_graphs_is_to_be_quantized_again_not_replaced(stylizer, bundle_path):
     quantized = Bundle.open(bundle_path)
     quantized.manifest = replace(quantized.manifest, storage_dtype="int8")
-    with lsast.load(bundle_path, threads=1) as stylizer:
-        options = replace(stylizer.resolve(), cache_interval=2)
+    options = replace(stylizer.resolve(), cache_interval=2)
     words = f"lsast-export bundle --base FOLDER --out FOLDER; lsast-export quantize FOLDER --out {bundle_path}"
     with pytest.raises(BundleError, match=re.escape(words)):
         require_graphs(quantized, options)
@@ -86,12 +84,12 @@ def test_load_with_a_preset_opens_its_graphs_and_reports_it(split_path, photo):
         lsast.load(split_path, preset="swift")
 
 
-def test_small_decoder_is_opened_and_used_when_asked_for(stylizer, photo):
-    full = stylizer.stylize(photo, seed=3)
-    assert VAE_DECODER_TINY not in stylizer._pool.engines
-    assert (_pixels(stylizer.stylize(photo, seed=3, decoder="full")) == _pixels(full)).all()
-    small = stylizer.stylize(photo, seed=3, decoder="small")
+def test_small_decoder_is_opened_and_used_when_asked_for(split, photo):
+    full = split.stylize(photo, seed=3)
+    assert VAE_DECODER_TINY not in split._pool.engines
+    assert (_pixels(split.stylize(photo, seed=3, decoder="full")) == _pixels(full)).all()
+    small = split.stylize(photo, seed=3, decoder="small")
     assert (_pixels(small) == _pixels(full)[..., ::-1]).all()
     assert np.abs(_pixels(small) - _pixels(full)).mean() > 1, "a grey picture proves nothing"
     assert (full.options.decoder, small.options.decoder) == ("full", "small")
-    assert (_pixels(stylizer.stylize(photo, seed=3)) == _pixels(full)).all()
+    assert (_pixels(split.stylize(photo, seed=3)) == _pixels(full)).all()

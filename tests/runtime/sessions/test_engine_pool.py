@@ -4,7 +4,6 @@ import hashlib
 import multiprocessing
 import os
 import shutil
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -105,24 +104,15 @@ def test_stylize_in_a_forked_process_gives_the_same_while_its_parent_paints(pyth
     assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
 
 
-def test_stylizer_in_a_spawned_process_opens_the_bundle_again(bundle_path, photo, tmp_path):
+def test_stylizer_in_a_spawned_process_opens_the_bundle_again(bundle_path, photo):
     with lsast.load(bundle_path, threads=1, style_memory=1000) as stylizer:
         expected = np.asarray(stylizer.stylize(photo, style="monet", seed=5))
         assert stylizer.__reduce__() == (
             lsast.load,
             (bundle_path.resolve(), "auto", "auto", 1, "auto", 1000, False, None, None),
         )
-        # Spawned processes import what they unpickle: this module is not on their path, so the call is made by name.
-        script = tmp_path / "elsewhere.py"
-        script.write_text("def paint(stylizer, photo):\n    return stylizer.stylize(photo, style='monet', seed=5)\n")
-        sys.path.insert(0, str(tmp_path))
-        try:
-            import elsewhere  # type: ignore[import-not-found]
-
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                result = pool.apply(elsewhere.paint, (stylizer, photo))
-        finally:
-            sys.path.remove(str(tmp_path))
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            result = pool.apply(stylizer.stylize, (photo,), {"style": "monet", "seed": 5})
     np.testing.assert_array_equal(np.asarray(result), expected)
     assert isinstance(result, lsast.Result)
 

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 import lsast
-from lsast import PictureError, Stylizer
+from lsast import PictureError
 from lsast.video.source import open_source
 from lsast.video.transcode import paint_video
 
-from .test_transcode import QUICK, read, write_clip
+from .test_transcode import QUICK, read, stop_at, write_clip
 
 av = pytest.importorskip("av", reason="needs the extra [video]")
 
@@ -199,29 +199,17 @@ def test_paint_video_of_a_damaged_stream_paints_what_can_be_decoded(stylizer, ph
     assert paint_video(tmp_path / "short.avi", tmp_path / "out.mp4", stylizer, QUICK)["frames"] >= 3
 
 
-def _stopped(source: Path, out: Path, stylizer: Stylizer, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a painting that was stopped after a segment of 2 frames."""
-    monkeypatch.setattr("lsast.video.transcode.SEGMENT", 2)
-
-    def stop(done: int, total: int | None) -> None:
-        if done == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        paint_video(source, out, stylizer, QUICK, on_frame=stop)
-    return out.with_name(f".{out.name}.parts")
-
-
 @pytest.mark.parametrize("fault", ["state", "segment", "folder", "style"])
 def test_paint_video_throws_a_useless_unfinished_painting_away(
-    stylizer, bundle_path, photo, tmp_path, monkeypatch, caplog, fault
+    bundle_path, photo, tmp_path, monkeypatch, caplog, fault
 ):
-    source, out = tmp_path / "clip.mp4", tmp_path / "out.mp4"
+    source, out, copy = tmp_path / "clip.mp4", tmp_path / "out.mp4", tmp_path / "bundle"
     write_clip(source, photo, 4, None)
-    copy = tmp_path / "bundle"
     shutil.copytree(bundle_path, copy)
-    with lsast.load(copy) as first:
-        folder = _stopped(source, out, first, monkeypatch)
+    monkeypatch.setattr("lsast.video.transcode.SEGMENT", 2)
+    with lsast.load(copy) as first, pytest.raises(KeyboardInterrupt):
+        paint_video(source, out, first, QUICK, on_frame=stop_at(3))
+    folder = tmp_path / ".out.mp4.parts"
     if fault == "state":
         (folder / "state.npz").write_bytes(b"PK\3\4junk")
     elif fault == "segment":

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,17 @@ def read(path: Path) -> tuple[list[np.ndarray], list[Fraction], list[bytes]]:
     return frames, times, sound
 
 
+def stop_at(frame: int, frames: int = 4) -> Callable[[int, int | None], None]:
+    """An `on_frame` that interrupts the painting of a video of so many frames."""
+
+    def stop(done: int, total: int | None) -> None:
+        assert total == frames
+        if done == frame:
+            raise KeyboardInterrupt
+
+    return stop
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov", ".m4v"])
 def test_paint_video_paints_pictures_and_keeps_times_and_sound(stylizer, photo, tmp_path, suffix):
     source, out = tmp_path / "clip.mp4", tmp_path / f"out{suffix}"
@@ -117,18 +129,10 @@ def test_paint_video_after_a_stop_continues_to_the_same_video(stylizer, photo, t
     write_clip(source, photo, 2 * SEGMENT + 3)
     paint_video(source, whole, stylizer, QUICK)
 
-    def stop(done: int, total: int | None) -> None:
-        assert total == 2 * SEGMENT + 3
-        if done == SEGMENT + 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        paint_video(source, out, stylizer, QUICK, on_frame=stop)
-    assert not out.exists()
-    with pytest.raises(KeyboardInterrupt):  # other options: from the start
-        paint_video(source, out, stylizer, {**QUICK, "seed": 3}, on_frame=stop)
-    with pytest.raises(KeyboardInterrupt):
-        paint_video(source, out, stylizer, QUICK, on_frame=stop)
+    for options in (QUICK, {**QUICK, "seed": 3}, QUICK):  # other options: from the start
+        with pytest.raises(KeyboardInterrupt):
+            paint_video(source, out, stylizer, options, on_frame=stop_at(SEGMENT + 2, 2 * SEGMENT + 3))
+        assert not out.exists()
     assert paint_video(source, out, stylizer, QUICK)["resumed"] == SEGMENT
     assert out.read_bytes() == whole.read_bytes()
 
