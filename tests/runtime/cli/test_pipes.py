@@ -1,6 +1,5 @@
 """Pipes in the place of files: read once where that is enough, else refused; named, not waited for, in folders."""
 
-import logging
 import os
 import threading
 from pathlib import Path
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lsast.cli.watch import watch
 from lsast_engines import picture_file
 from lsast_engines.errors import PictureError
 from lsast_engines.images import read_picture
@@ -70,23 +68,6 @@ def test_lsast_run_names_the_pipes_of_a_folder_and_paints_the_others(run, source
     result = run(source, "painted/")
     assert (result.exit_code, result.stderr.count("pipe.png is left out: it is no file")) == (0, 1)
     assert sorted(os.listdir("painted")) == ["a.png", "b.png"]
-
-
-def test_watch_names_a_pipe_once(folder, caplog):
-
-    class Stop:
-        rounds = 0
-
-        def is_set(self) -> bool:
-            self.rounds += 1
-            Path("photos", f"{self.rounds}.txt").touch()  # every search finds a change
-            return self.rounds > 20
-
-    for name in ("a", "b"):
-        os.utime(f"photos/{name}.png", (1, 1))
-    with caplog.at_level(logging.WARNING):
-        assert len(list(watch(["photos"], "painted", stop=Stop()))) == 2
-    assert caplog.text.count("pipe.png is left out") == 1
 
 
 def test_read_picture_of_an_endless_stream_stops_at_a_bound(monkeypatch):

@@ -101,7 +101,8 @@ def test_watch_with_overwrite_yields_everything_once(folder):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs file names that are no text")
-def test_watch_goes_on_after_names_that_clash_or_are_no_text(folder, caplog):
+def test_watch_of_pipes_and_names_that_clash_or_are_no_text_tells_each_once_and_goes_on(folder, caplog):
+    os.mkfifo("in/pipe.png")
     with contextlib.closing(Watched(["in"], "out")) as watched:
         watched.wait(2)
         for name in ("c.bmp", "c.bmp.png", os.fsdecode(b"caf\xe9.png")):
@@ -110,6 +111,7 @@ def test_watch_goes_on_after_names_that_clash_or_are_no_text(folder, caplog):
         (folder / "in" / "last.png").write_bytes(b"picture")
         assert watched.wait(4, QUIET)[3:] == [("in/last.png", "out/last.png")]
     assert sum("is that of in/c.bmp" in message for message in caplog.messages) == 2
+    assert caplog.text.count("pipe.png is left out") == 1
 
 
 def test_check_watch_accepts_folders_only(folder):

@@ -68,9 +68,7 @@ def test_parse_axes_reads_names_and_values():
 @pytest.mark.parametrize(
     ("texts", "words"),
     [
-        (["strength"], "expected an option and its values"),
-        (["strength="], "expected an option and its values"),
-        (["strength=1,,2"], "expected an option and its values"),
+        *(([text], "expected an option and its values") for text in ("strength", "strength=", "strength=1,,2")),
         (["colour=red"], "the axis colour, no option; expected one of style, steps"),
         (["guidance-low=200"], "the axis guidance_low, which was removed: use cache_interval"),
         (["seed=1", "seed=2"], "the axis seed, twice"),

@@ -29,17 +29,9 @@ def test_stylize_in_eight_threads_gives_the_serial_bytes(bundle_path, photo, bac
     opened: list[str] = []
     open_style = Bundle.open_style
     monkeypatch.setattr(Bundle, "open_style", lambda self, name: opened.append(name) or open_style(self, name))
-    jobs: list[dict[str, Any]] = [
-        {
-            "style": MIXES[i % 5],
-            "seed": i,
-            "size": (64, 96, 128)[i % 3],
-            "solver": ("ddim", "dpmpp2m", "unipc")[i % 3],
-            "strength": (0.7, 0.6)[i % 2],
-            "guidance": (1.0, 2.0)[i % 2],
-        }
-        for i in range(24)
-    ]
+    several: dict[str, Any] = {"style": MIXES, "seed": range(24), "size": (64, 96, 128), "strength": (0.7, 0.6)}
+    several |= {"guidance": (1.0, 2.0), "solver": ("ddim", "dpmpp2m", "unipc")}
+    jobs = [{name: values[i % len(values)] for name, values in several.items()} for i in range(24)]
     with lsast.load(bundle_path, backend=backend) as alone:
         expected = [np.asarray(alone.stylize(photo, **job)) for job in jobs]
     opened.clear()

@@ -276,15 +276,8 @@ def test_paint_video_of_a_file_that_is_cut_off_tells_where(stylizer, photo, tmp_
     assert re.search(r"its pictures end at 0\.\d\d s of 0\.3\d s; is it cut off\?", caplog.text)
 
 
-def test_frames_of_a_matroska_file_that_begins_late_are_not_called_cut_off(tmp_path, caplog):
-    with av.open(str(tmp_path / "late.mkv"), "w") as container:
-        stream: Any = container.add_stream("ffv1", rate=24)
-        stream.width, stream.height, stream.pix_fmt = 16, 16, "bgr0"
-        for number in range(3):
-            frame = av.VideoFrame(16, 16, "bgr0")
-            frame.pts, frame.time_base = 24 * 60 + number, Fraction(1, 24)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+def test_frames_of_a_matroska_file_that_begins_late_are_not_called_cut_off(photo, tmp_path, caplog):
+    write_clip(tmp_path / "late.mkv", photo, 3, None, codec="ffv1", pixels="bgr0", start=24 * 60)
     with open_source(tmp_path / "late.mkv") as source:
         assert [float(frame.start * source.time_base) for frame in source.frames()] == [0, 0.042, 0.083]
     assert "cut off" not in caplog.text

@@ -45,13 +45,15 @@ def write_clip(
     display: tuple[int, bool, bool] = (0, False, False),
     aspect: Fraction = Fraction(1),
     size: tuple[int, int] = (96, 64),
+    start: int = 0,
 ) -> list[int]:
     """A clip of a picture that moves by two pixels a frame, in H.264 with irregular times; the times.
 
     `display`: degrees that it is turned to the left, and how it is mirrored then. With opacity, its left has none.
+    `start`: number of the first frame, of other codecs.
     """
     irregular = codec == "libx264"
-    times = [frame * 1001 + 100 * (frame % 3) for frame in range(frames)]
+    times = [frame * 1001 + 100 * (frame % 3) if irregular else start + frame for frame in range(frames)]
     unit = Fraction(1, 24000 if irregular else 24)
     with av.open(str(path), "w") as container:
         options = {"crf": "1"} if irregular else {}
@@ -71,7 +73,7 @@ def write_clip(
                 opaque = image.to_ndarray()
                 opaque[:, : size[0] // 2, 3] = 0
                 image = av.VideoFrame.from_ndarray(opaque, "rgba")
-            image.pts, image.time_base = pts if irregular else frame, unit
+            image.pts, image.time_base = pts, unit
             container.mux(stream.encode(image))
         container.mux(stream.encode(None))
         if tone is not None:
