@@ -60,7 +60,7 @@ def test_plan_jobs_of_one_file_is_single_unless_out_is_a_folder(folder):
     assert _pairs("a[1].png", out="out.png") == {"a[1].png": "out.png"}
 
 
-def test_plan_jobs_of_several_sources_keeps_folder_names(folder):
+def test_plan_jobs_of_several_sources_keeps_folder_names_and_of_a_pattern_those_below_its_plain_part(folder):
     (folder / "more").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "more" / "a.png")
     assert _pairs("in/deep", "more", "in/b.jpg", out="out") == {
@@ -69,9 +69,6 @@ def test_plan_jobs_of_several_sources_keeps_folder_names(folder):
         "in/deep/scan.bmp": "out/deep/scan.bmp.png",
         "more/a.png": "out/more/a.png",
     }
-
-
-def test_plan_jobs_of_a_pattern_keeps_the_structure_below_its_plain_part(folder):
     assert _pairs("in/**/*.png", out="out") == {"in/a.png": "out/a.png", "in/deep/a.png": "out/deep/a.png"}
     assert _pairs("in/d*/*.png", out="out") == {"in/deep/a.png": "out/deep/a.png"}
 

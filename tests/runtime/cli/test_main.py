@@ -16,10 +16,6 @@ import lsast
 from lsast_engines.backends.registry import open_engine
 
 
-def _process(*arguments: str, **settings: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "lsast", *arguments], **settings)
-
-
 def test_lsast_run_with_json_prints_one_object_that_repeats_the_picture(run, bundle_path):
     result = run("in.png", "out.png", "--json", "--strength", "0.5", "--solver", "unipc", "--threads", "1")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -137,10 +133,11 @@ def test_lsast_run_without_a_backend_says_how_to_install_one(run, monkeypatch):
 def test_lsast_run_on_a_terminal_shows_progress_and_stops_at_ctrl_c(folder, terminal):
     stderr, read = terminal
     # Large and long enough to be still at work when the first step is seen.
-    arguments = ("in.png", "out.png", "--size", "2048", "--steps", "999", "--strength", "1")
+    arguments = ["in.png", "out.png", "--size", "2048", "--steps", "999", "--strength", "1"]
+    command = [sys.executable, "-m", "lsast", *arguments]
     # A shell's script starts commands with & deaf to SIGINT, and what they start inherits it.
     hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = _process(*arguments, stdout=subprocess.PIPE, stderr=stderr, preexec_fn=hear)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, preexec_fn=hear)
     seen = b""
     while b"painting" not in seen and (piece := read()):
         seen += piece

@@ -112,8 +112,8 @@ def test_stylize_in_tiles_runs_every_graph_on_tiles_alone(stylizer, photo, monke
 def test_tiled_networks_of_the_embedded_bundle_give_what_they_give_whole(mini):
     """Convolutions without normalisation: what of a tile counts saw its surroundings as the whole picture has them."""
     rng = np.random.default_rng(3)
-    rgb = np.kron(rng.integers(0, 255, (24, 40, 3)), np.ones((16, 16, 1))).astype(np.uint8)  # 384 x 640
-    grid = TileGrid.cover((384, 640), 320, 8)
+    rgb = np.kron(rng.integers(0, 255, (24, 32, 3)), np.ones((16, 16, 1))).astype(np.uint8)  # 384 x 512
+    grid = TileGrid.cover((384, 512), 320, 8)
     assert len(grid.columns) > 1 < len(grid.rows)
     graphs = {name: Graph(engine) for name, engine in mini._pool.engines.items()}
     edges = (rgb[None, ..., 0] > 127).astype(np.uint8)

@@ -123,14 +123,11 @@ def test_stylize_many_with_unequal_counts_raises(stylizer, photo, styles, rows, 
         list(stylizer.stylize_many([photo] * 2, styles, rows=rows))
 
 
-@pytest.mark.parametrize("pictures", ["photo.png", b"photo", None])
-def test_stylize_many_of_what_is_no_list_of_pictures_raises(stylizer, pictures):
-    with pytest.raises(UsageError, match=f"found {type(pictures).__name__} as pictures; expected a list"):
-        list(stylizer.stylize_many(pictures))
-
-
-def test_stylize_many_of_nothing_is_empty_and_batch_0_is_refused(stylizer):
+def test_stylize_many_of_nothing_is_empty_and_of_no_list_or_in_batches_of_0_is_refused(stylizer):
     assert list(stylizer.stylize_many([])) == []
+    for pictures in ("photo.png", b"photo", None):
+        with pytest.raises(UsageError, match=f"found {type(pictures).__name__} as pictures; expected a list"):
+            list(stylizer.stylize_many(pictures))
     for batch in (0, float("nan")):
         with pytest.raises(UsageError, match=f"found a batch of {batch}"):
             stylizer.stylize_many([], batch=batch)  # type: ignore[arg-type]

@@ -138,13 +138,12 @@ def test_close_with_async_calls_queued_ends_them_with_our_error(bundle_path, pho
     assert [type(outcome) for outcome in outcomes] == [UsageError] * 5, outcomes
 
 
-def test_painting_inside_on_step_of_the_same_thread_raises(bundle_path, photo):
-    with lsast.load(bundle_path) as stylizer:
-        for paint in (stylizer.stylize, lambda *_, **options: asyncio.run(stylizer.stylize_async(photo, **options))):
-            for inner in (stylizer.stylize, lambda photo: asyncio.run(stylizer.stylize_async(photo))):
-                with pytest.raises(UsageError, match="from inside on_step"):
-                    paint(photo, on_step=lambda *_, inner=inner: inner(photo))
-        stylizer.stylize(photo)
+def test_painting_inside_on_step_of_the_same_thread_raises(stylizer, photo):
+    for paint in (stylizer.stylize, lambda *_, **options: asyncio.run(stylizer.stylize_async(photo, **options))):
+        for inner in (stylizer.stylize, lambda photo: asyncio.run(stylizer.stylize_async(photo))):
+            with pytest.raises(UsageError, match="from inside on_step"):
+                paint(photo, on_step=lambda *_, inner=inner: inner(photo))
+    stylizer.stylize(photo)
 
 
 def _photos(photo: np.ndarray, count: int) -> list[np.ndarray]:
@@ -179,9 +178,10 @@ def test_on_step_that_waits_for_paintings_of_other_threads_gets_them(
     assert sorted(painted) == [0] * 2 + [1] * 6 + [2] * 18
 
 
-def test_on_step_of_async_paintings_that_waits_for_async_paintings_gets_them(bundle_path, photo, monkeypatch):
+def test_on_step_of_async_paintings_that_waits_for_async_paintings_gets_them(stylizer, photo, monkeypatch):
     monkeypatch.setattr("lsast.sessions.engine_pool.LAPSE_SECONDS", 0.05)
     photos = _photos(photo, 3)
+    expected = [np.asarray(stylizer.stylize(each, steps=3)) for each in photos]
 
     async def scene() -> None:
         loop = asyncio.get_running_loop()
@@ -196,9 +196,7 @@ def test_on_step_of_async_paintings_that_waits_for_async_paintings_gets_them(bun
 
         await asyncio.gather(*(paint(0) for _ in range(4)))
 
-    with lsast.load(bundle_path) as stylizer:
-        expected = [np.asarray(stylizer.stylize(each, steps=3)) for each in photos]
-        asyncio.run(scene())
+    asyncio.run(scene())
 
 
 EXIT = """
