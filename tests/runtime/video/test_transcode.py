@@ -12,11 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from PIL import Image
 
 from lsast import PictureError, UsageError
-from lsast.cli.main import main
 from lsast.video.source import open_source
 from lsast.video.transcode import check_video, paint_video
 from lsast.video.writing import SegmentEncoder
@@ -210,40 +208,33 @@ def test_check_video_with_sound_that_the_format_cannot_hold_raises(stylizer, pho
     assert read(tmp_path / "out.mkv")[2] == read(source)[2] != []
 
 
-def _run(*arguments: str) -> Result:
-    options = [text for name, value in QUICK.items() for text in (f"--{name}", str(value))]
-    return CliRunner().invoke(main, [*arguments, *options])
-
-
-def test_lsast_run_paints_videos_beside_pictures(photo, bundle_path, tmp_path, monkeypatch):
-    monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
-    monkeypatch.chdir(tmp_path)
+def test_lsast_run_paints_videos_beside_pictures(run, photo, tmp_path):
+    options = [f"--{name}={value}" for name, value in QUICK.items()]
     write_clip(tmp_path / "clip.mp4", photo, 4)
-    result = _run("clip.mp4", "out.mkv", "--json")
+    result = run("clip.mp4", "out.mkv", "--json", *options)
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert (report["out"], report["frames"], report["resumed"], report["style"]) == ("out.mkv", 4, 0, "vangogh")
     assert len(read(tmp_path / "out.mkv")[0]) == 4
     (tmp_path / "broken.mov").write_bytes(b"no video")
-    result = _run("clip.mp4", "broken.mov", "out/")
+    result = run("clip.mp4", "broken.mov", "out/", *options)
     assert (result.exit_code, result.stdout) == (1, "out/clip.mp4\n")
     assert "painted 1, failed 1\n  - broken.mov cannot be read" in result.stderr
-    assert _run("clip.mp4", "out.png").exit_code == 2
+    assert run("clip.mp4", "out.png").exit_code == 2
 
 
-def test_lsast_run_of_a_video_after_a_kill_continues(photo, bundle_path, tmp_path):
+def test_lsast_run_of_a_video_after_a_kill_continues(folder, photo, tmp_path):
     write_clip(tmp_path / "clip.mp4", photo, 4 * SEGMENT)
     program = "from lsast.video import transcode; from lsast.cli.main import main; "
     program += f"transcode.SEGMENT = {SEGMENT}; main()"
     command = [sys.executable, "-c", program, "clip.mp4", "out.mp4", "--size", "64", "--steps", "20", "--json"]
-    environment = {**os.environ, "LSAST_BUNDLE": str(bundle_path)}
-    process = subprocess.Popen(command, env=environment, cwd=tmp_path)
+    process = subprocess.Popen(command)
     state = tmp_path / ".out.mp4.parts" / "state.npz"
     while not state.exists() and process.poll() is None:
         time.sleep(0.002)
     process.kill()  # SIGKILL where there are signals
     process.wait(60)
     assert not (tmp_path / "out.mp4").exists()
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, timeout=120, check=True)
     assert json.loads(done.stdout)["resumed"] in (SEGMENT, 2 * SEGMENT, 3 * SEGMENT)
     assert len(read(tmp_path / "out.mp4")[0]) == 4 * SEGMENT
