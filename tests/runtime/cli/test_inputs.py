@@ -221,7 +221,7 @@ def _process(*arguments: str, **settings: Any) -> subprocess.Popen[bytes]:
 def test_lsast_run_after_a_kill_continues(folder, photo):
     for index in range(4):
         Image.fromarray(np.roll(photo, index, axis=0)).save(folder / "in" / f"{index}.png")
-    arguments = ("in", "out", "--steps", "200", "--strength", "1", "--size", "64", "--guidance", "1")
+    arguments = ("in", "out", "--steps", "100", "--strength", "1", "--size", "64", "--guidance", "1")
     process = _process(*arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None
     process.stdout.readline()
