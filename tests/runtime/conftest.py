@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +13,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner, Result
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import lsast
+from lsast.cli.main import main
 from lsast.sampling.batch import Batch
 from lsast.sampling.sampler import Networks, sample
+from lsast_engines.backends.registry import available_backends
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import (
     VAE_DECODER_TINY,
@@ -63,8 +68,19 @@ def weights() -> SimpleNamespace:
 @pytest.fixture(autouse=True)
 def source_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that a test starts find this source."""
-    packages = [str(Path(__file__).parents[2] / name) for name in ("engines", "export", "runtime", "train")]
+    packages = [str(Path(__file__).parents[2] / name) for name in ("engines", "eval", "export", "runtime", "train")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*packages, os.environ.get("PYTHONPATH", "")]))
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a program with arguments in a process of its own."""
+
+    def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+
+    return run
 
 
 node = helper.make_node
@@ -129,10 +145,7 @@ NODES = {
         *HALF_AND_FINE,
         node("Add", ["feature", "z_held"], ["eps"]),
     ],
-    "unet_outer": [
-        *HALF_AND_FINE,
-        node("Add", ["feature", "z_held"], ["eps"]),
-    ],
+    "unet_outer": [*HALF_AND_FINE, node("Add", ["feature", "z_held"], ["eps"])],
 }
 NODES["vae_decoder_tiny"] = NODES["vae_decoder"]
 
@@ -256,6 +269,12 @@ def folder(tmp_path: Path, photo: np.ndarray, bundle_path: Path, monkeypatch: py
     return tmp_path
 
 
+@pytest.fixture
+def run(folder: Path) -> Callable[..., Result]:
+    """`lsast-run` in that folder, called with its arguments."""
+    return lambda *arguments, **settings: CliRunner().invoke(main, arguments, **settings)
+
+
 @dataclass
 class Run:
     """One call of `sample`: what it was given, and the latents that it gave."""
@@ -283,6 +302,13 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 def stylizer(bundle_path: Path) -> Iterator[lsast.Stylizer]:
     """The tiny bundle, open on the first backend that is installed."""
     with lsast.load(bundle_path) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module", params=sorted(available_backends()))
+def split_stylizer(request: pytest.FixtureRequest, split_path: Path) -> Iterator[lsast.Stylizer]:
+    """The tiny bundle with the split graphs, open on each backend that is installed."""
+    with lsast.load(split_path, backend=request.param) as opened:
         yield opened
 
 

@@ -1,8 +1,6 @@
 """The default that ships: sound, small, and styles that paint one photograph differently."""
 
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +47,8 @@ def test_embedded_bundle_is_valid_small_and_has_seven_styles():
 def test_embedded_bundle_paints_nearly_the_same_with_its_split_graphs():
     bundle = Bundle.open(EMBEDDED)
     assert set(UNET_SPLIT_GRAPHS) < bundle.manifest.graphs.keys()
-    assert (
-        sum(bundle.manifest.files[f"{name}.onnx"].bytes for name in UNET_SPLIT_GRAPHS) < 1_000_000
-    )  # they refer into the base
+    # They refer into the base.
+    assert sum(bundle.manifest.files[f"{name}.onnx"].bytes for name in UNET_SPLIT_GRAPHS) < 1_000_000
     options = {"style": "vangogh", "size": 128, "steps": 6, "strength": 0.9}
     with lsast.load(backend="onnxruntime", threads=2) as stylizer:
         exact, shallow, unguided = (
@@ -78,15 +75,14 @@ def test_embedded_styles_differ_by_more_than_the_noise_does(painted):
         assert of_styles > 1.5 * of_seeds, (one, other, of_styles / of_seeds)
 
 
-def test_interrupt_after_close_reaches_python():
+def test_interrupt_after_close_reaches_python(python, bundle_path):
     """OpenVINO frees the signal stack that it gave the thread; a core kept alive keeps Ctrl-C from crashing."""
-    code = f"""
-import os, signal, lsast
+    program = """
+import os, signal, sys, lsast
 for _ in range(2):
-    with lsast.load(backend="openvino") as stylizer:
-        stylizer.stylize({str(PHOTO)!r}, size=64, strength=0.1)
+    with lsast.load(sys.argv[1], backend="openvino") as stylizer:
+        stylizer.stylize(sys.argv[2], size=64, strength=0.1)
 signal.signal(signal.SIGINT, lambda *_: os._exit(7))
 os.kill(os.getpid(), signal.SIGINT)
 """
-    done = subprocess.run([sys.executable, "-c", code], timeout=300)
-    assert done.returncode == 7
+    assert python(program, bundle_path, PHOTO).returncode == 7

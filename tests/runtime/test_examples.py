@@ -19,7 +19,7 @@ from PIL import Image
 import lsast
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ROOMS = [str(EXAMPLES.parent / room) for room in ("engines", "runtime")]
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def _example(name: str) -> ModuleType:
@@ -30,12 +30,6 @@ def _example(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle_path: Path) -> None:
-    monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
-    monkeypatch.chdir(tmp_path)
 
 
 def test_examples_all_have_a_test():
@@ -195,13 +189,11 @@ nbformat.write(notebook, sys.argv[2])
 
 
 @pytest.mark.needs("nbclient", "ipykernel")
-def test_notebook_runs_from_top_to_bottom(photo, tmp_path, bundle_path):
-    Image.fromarray(photo).save(tmp_path / "picture.png")
+def test_notebook_runs_from_top_to_bottom(tmp_path):
     source, executed = EXAMPLES / "paint.ipynb", tmp_path / "executed.ipynb"
     environment = {
         **os.environ,
-        "LSAST_BUNDLE": str(bundle_path),
-        "LSAST_PICTURE": "picture.png",
+        "LSAST_PICTURE": "in.png",
         "LSAST_SIZE": "64",
         "IPYTHONDIR": str(tmp_path / "ipython"),
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -217,25 +209,15 @@ def test_notebook_runs_from_top_to_bottom(photo, tmp_path, bundle_path):
 
 @pytest.mark.slow
 @pytest.mark.needs("ray")
-def test_ray_example_paints_what_one_stylizer_paints(bundle_path, photo, tmp_path):
+def test_ray_example_paints_what_one_stylizer_paints(photo, tmp_path):
     for index in range(4):
         path = tmp_path / "in" / f"{index % 2}" / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.roll(photo, 9 * index, axis=1)).save(path)
     (tmp_path / "in" / "bad.png").write_bytes(b"no picture")
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    command = [
-        sys.executable,
-        str(EXAMPLES / "ray_dataset.py"),
-        "in",
-        "out",
-        "--style",
-        "monet",
-        "--size",
-        "64",
-        "--actors",
-        "1",
-    ]
+    options = ("--style", "monet", "--size", "64", "--actors", "1")
+    command = [sys.executable, str(EXAMPLES / "ray_dataset.py"), "in", "out", *options]
 
     def run() -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -244,7 +226,7 @@ def test_ray_example_paints_what_one_stylizer_paints(bundle_path, photo, tmp_pat
     assert done.returncode == 1, done.stderr  # bad.png
     assert "painted 4, failed 1" in done.stderr
     assert "bad.png" in done.stderr
-    with lsast.load(bundle_path, threads=1) as stylizer:
+    with lsast.load(threads=1) as stylizer:
         for index in range(4):
             name = Path(f"{index % 2}", f"{index}.png")
             alone = stylizer.stylize(tmp_path / "in" / name, style="monet", size=64).image

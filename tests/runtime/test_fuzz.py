@@ -52,6 +52,9 @@ def targets(
 
         return check
 
+    def tensors(path: Path) -> st.SearchStrategy[bytes]:
+        return hostile.safetensors_files(path.read_bytes(), "lsast")
+
     def painted(style: str) -> object:
         return stylizer.stylize(photo[:8, :8], style, size=0, steps=1, strength=1.0, seed=1).image.getbbox()
 
@@ -86,11 +89,8 @@ def targets(
     mixes = st.lists(st.tuples(words, signs | st.text(max_size=2)), max_size=6).map(
         lambda pairs: "".join(word + sign for word, sign in pairs)
     )
-    names, places = (
-        st.sampled_from(["vangogh", "monet"]),
-        st.sampled_from(["", "@up", "@mid", "@0-4", "@7", "@down@2-9"]),
-    )
-    weights = st.just("") | st.floats(0.01, 99).map(":{:.3}".format)
+    names, weights = st.sampled_from(["vangogh", "monet"]), st.just("") | st.floats(0.01, 99).map(":{:.3}".format)
+    places = st.sampled_from(["", "@up", "@mid", "@0-4", "@7", "@down@2-9"])
     right = st.lists(st.tuples(names, weights, places).map("".join), min_size=1, max_size=4).map("+".join)
     arrays = hnp.arrays(
         hnp.scalar_dtypes() | st.sampled_from([np.dtype("u1"), np.dtype(">u2"), np.dtype("f4"), np.dtype(bool)]),
@@ -98,14 +98,8 @@ def targets(
     )
     return {
         "manifest": (hostile.json_texts(manifest), lambda text: Manifest.from_json(text).noise.alphas_cumprod),
-        "style": (
-            hostile.safetensors_files(style.read_bytes(), "lsast"),
-            in_file(lambda path: Style.load(path).stage(0)),
-        ),
-        "prompts": (
-            hostile.safetensors_files(prompts.read_bytes(), "lsast"),
-            in_file(lambda path: load_prompts(path).tensors()),
-        ),
+        "style": (tensors(style), in_file(lambda path: Style.load(path).stage(0))),
+        "prompts": (tensors(prompts), in_file(lambda path: load_prompts(path).tensors())),
         "record": (hostile.json_texts(made), record),
         "mix": (mixes | right | right, painted),
         "picture": (hostile.picture_files() | arrays, picture),

@@ -1,6 +1,5 @@
 """Painting leaves what the whole process shares as it is; with engines open, not even for a moment, for spied calls."""
 
-import subprocess
 import sys
 
 import pytest
@@ -103,7 +102,6 @@ assert not events, events
 
 @pytest.mark.skipif(sys.platform == "win32", reason="of POSIX")
 @pytest.mark.parametrize("backend", sorted(available_backends()))
-def test_painting_changes_nothing_of_the_process(bundle_path, backend, tmp_path):
-    command = [sys.executable, "-c", SCRIPT, str(bundle_path), backend]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+def test_painting_changes_nothing_of_the_process(python, bundle_path, backend):
+    done = python(SCRIPT, bundle_path, backend)
     assert done.returncode == 0, done.stderr

@@ -2,8 +2,7 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from PIL import Image
 
 import lsast
 from lsast.cli.commands import main
-from lsast.cli.main import main as run
+from lsast_engines.backends import fp32_weights
 
 COMMANDS = ["run", "serve", "train", "export", "eval", "styles", "cache", "doctor"]
 
@@ -50,9 +49,9 @@ def test_wrong_command_says_which_is_meant(invoke):
     assert invoke("paint", "in.png").stderr.endswith("; did you mean run?\n")
 
 
-def test_run_is_lsast_run(invoke):
+def test_run_is_lsast_run(invoke, run):
     assert invoke("-q", "run", "in.png", "a.png", "--seed", "3", "--size", "64").stdout == "a.png\n"
-    assert CliRunner().invoke(run, ["in.png", "b.png", "--seed", "3", "--size", "64"]).stdout == "b.png\n"
+    assert run("in.png", "b.png", "--seed", "3", "--size", "64").stdout == "b.png\n"
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
@@ -62,11 +61,8 @@ def test_styles_are_listed_and_painted_on_a_sheet(invoke):
     assert invoke("styles", "in.png").exit_code == 2
     result = invoke("styles", "in.png", "-o", "sheet.png", "--json")
     facts = json.loads(result.stdout)
-    assert (facts["out"], facts["axes"], facts["options"]["size"]) == (
-        "sheet.png",
-        {"style": ["monet", "vangogh"]},
-        256,
-    )
+    assert (facts["out"], facts["axes"]) == ("sheet.png", {"style": ["monet", "vangogh"]})
+    assert facts["options"]["size"] == 256
     with lsast.load() as stylizer, Image.open("sheet.png") as image:
         sheet = lsast.contact_sheet(stylizer, "in.png", facts["axes"], size=256, steps=10, solver="unipc", seed=0)
         np.testing.assert_array_equal(image, sheet.image)
@@ -103,32 +99,46 @@ def test_shell_completion_knows_commands_styles_and_names(invoke, shell, monkeyp
             assert "--version" in completed(command, "--ver")
 
 
+def test_cache_lists_prunes_and_clears(run, folder, bundle_path, monkeypatch):
+    def cached(action: str) -> list[tuple[str, str, bool]]:
+        result = run("--cache", action, "--json")
+        assert result.exit_code == 0, result.stderr
+        return [(entry["kind"], entry["source"], entry["used"]) for entry in json.loads(result.stdout)["entries"]]
+
+    monkeypatch.setenv("LSAST_HOME", str(folder / "home"))
+    monkeypatch.setattr(fp32_weights, "MIN_BYTES", 1)
+    assert cached("list") == []
+    for name in ("here", "gone"):
+        shutil.copytree(bundle_path, name)
+        assert run("in.png", "out.png", "--bundle", name, "--size", "64", "--backend", "onnxruntime").exit_code == 0
+    shutil.copytree(bundle_path, "home/engines/mine")
+    shutil.copytree("home/compiled/onnxruntime", "home/compiled/mini-0123/rtx")
+    shutil.rmtree("gone")
+
+    kind, here, gone = "graphs of onnxruntime", str(folder / "here"), str(folder / "gone")
+    engines = ("compiled engines", "mini-0123", True)
+    assert set(cached("list")) == {(kind, here, True), (kind, gone, False), engines}
+    assert f"{gone} (gone or changed" in run("--cache", "list").stdout
+    assert set(cached("prune")) == {(kind, here, True), engines}
+    assert cached("clear") == []
+    assert Path("home/engines/mine/manifest.json").is_file()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["train", "--style", "a", "--images", "."],
-        ["train", "--no-such-option"],
-        ["train", "distill", "--no-such-option"],
-        ["export", "--style", "a"],
-        ["export", "--no-such-option"],
-        ["export", "check", "nothing", "too much"],
-        ["eval", "--works", "."],
-        ["serve"],
+        *("train --style a --images .", "train --no-such-option", "train distill --no-such-option"),
+        *("export --style a", "export --no-such-option", "export check nothing superfluous"),
+        *("eval --works .", "serve"),
     ],
 )
-def test_command_of_a_missing_extra_says_first_how_to_install_it(tmp_path, arguments):
+def test_command_of_a_missing_extra_says_first_how_to_install_it(python, arguments):
     code = (
         "import sys\nsys.modules.update(dict.fromkeys(['torch', 'diffusers', 'fastapi', 'uvicorn']))\n"
-        f"from lsast.cli.commands import main\nmain({arguments!r})"
+        f"from lsast.cli.commands import main\nmain({arguments.split()!r})"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": ":".join(filter(None, sys.path)), "HOME": str(tmp_path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    extra = {"serve": "server"}.get(arguments[0], arguments[0])
+    done = python(code)
+    extra = arguments.split()[0].replace("serve", "server")
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     assert done.stderr.count("\n") == 1
     assert f"pip install 'lsast[{extra}]'" in done.stderr

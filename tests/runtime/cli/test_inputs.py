@@ -60,7 +60,7 @@ def test_plan_jobs_of_one_file_is_single_unless_out_is_a_folder(folder):
     assert _pairs("a[1].png", out="out.png") == {"a[1].png": "out.png"}
 
 
-def test_plan_jobs_of_several_sources_keeps_folder_names(folder):
+def test_plan_jobs_of_several_sources_keeps_folder_names_and_of_a_pattern_those_below_its_plain_part(folder):
     (folder / "more").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "more" / "a.png")
     assert _pairs("in/deep", "more", "in/b.jpg", out="out") == {
@@ -69,9 +69,6 @@ def test_plan_jobs_of_several_sources_keeps_folder_names(folder):
         "in/deep/scan.bmp": "out/deep/scan.bmp.png",
         "more/a.png": "out/more/a.png",
     }
-
-
-def test_plan_jobs_of_a_pattern_keeps_the_structure_below_its_plain_part(folder):
     assert _pairs("in/**/*.png", out="out") == {"in/a.png": "out/a.png", "in/deep/a.png": "out/deep/a.png"}
     assert _pairs("in/d*/*.png", out="out") == {"in/deep/a.png": "out/deep/a.png"}
 
@@ -85,14 +82,10 @@ def test_plan_jobs_leaves_out_paintings_inside_the_searched_folder(folder):
 
 
 WRONG = {
-    "nothing found": (["x*.png"], "out", "x\\*.png"),
+    "nothing found": (["x*.png"], "out", "x*.png"),
     "one file of several": (["in/a.png", "in/b.jpg"], "in/b.jpg", "expected a folder"),
     "a picture's name of several": (["in"], "out.png", "expected a folder"),
-    "one output": (
-        ["in/a.png", "in/deep/a.png"],
-        "out",
-        r"in/a\.png: its output, out/a\.png, is that of in/deep/a\.png",
-    ),
+    "one output": (["in/a.png", "in/deep/a.png"], "out", "in/a.png: its output, out/a.png, is that of in/deep/a.png"),
     "source as output": (["in/a.png"], "in", "would replace the picture in/a.png"),
     "stream of several": (["in"], "-", "one picture"),
     "stream among several": (["-", "in/a.png"], "out", "one picture"),
@@ -103,7 +96,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("sources", "out", "words"), WRONG.values(), ids=WRONG)
 def test_plan_jobs_with_invalid_arguments_raises(folder, sources, out, words):
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(UsageError, match=re.escape(words)):
         plan_jobs(sources, out)
 
 
@@ -167,19 +160,16 @@ def test_lsast_run_with_a_bad_file_paints_the_others(folder):
     assert _files(folder / "out") == ["in/a.png", "in/deep/a.png", "in/deep/scan.bmp.png"]
 
 
-def test_lsast_run_with_options_invalid_for_all_files_ends(folder):
-    result = _run("in", "out", "--steps", "0")
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert len(re.findall("steps: found 0", result.stderr)) == 1
-    assert not (folder / "out").exists()
-
-
-def test_lsast_run_with_a_mask_that_cannot_be_read_tells_it_once(folder):
+def test_lsast_run_with_an_option_invalid_for_all_files_tells_it_once(folder):
     (folder / "mask.png").write_bytes(b"no picture")
-    result = _run("in", "out", "--mask", "mask.png")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("Error: mask.png is not a picture")
-    assert not (folder / "out").exists()
+    for option, status, words in (
+        ("--steps=0", 2, "left out.*\npainted 0.*\nError: invalid options:\n  - steps: found 0.*\n"),
+        ("--mask=mask.png", 1, "Error: mask.png is not a picture.*\n"),
+    ):
+        result = _run("in", "out", option)
+        assert (result.exit_code, result.stdout) == (status, "")
+        assert re.fullmatch(words, result.stderr)
+        assert not (folder / "out").exists()
 
 
 def test_lsast_run_of_names_with_line_breaks_prints_one_line_a_file(folder):
@@ -229,20 +219,20 @@ def _process(*arguments: str, **settings: Any) -> subprocess.Popen[bytes]:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
 def test_lsast_run_after_a_kill_continues(folder, photo):
-    for index in range(8):
+    for index in range(4):
         Image.fromarray(np.roll(photo, index, axis=0)).save(folder / "in" / f"{index}.png")
-    arguments = ("in", "out", "--steps", "300", "--strength", "1", "--size", "64", "--guidance", "1")
+    arguments = ("in", "out", "--steps", "100", "--strength", "1", "--size", "64", "--guidance", "1")
     process = _process(*arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None
     process.stdout.readline()
     process.kill()
     process.communicate(timeout=60)
     done = {name: (folder / "out" / name).stat().st_mtime_ns for name in _files(folder / "out") if name[0] != "."}
-    assert 0 < len(done) < 12
+    assert 0 < len(done) < 8
     time.sleep(0.01)
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 0
-    assert f"painted {12 - len(done)}, failed 0, skipped {len(done)}" in again.stderr
+    assert f"painted {8 - len(done)}, failed 0, skipped {len(done)}" in again.stderr
     for name, changed in done.items():
         assert (folder / "out" / name).stat().st_mtime_ns == changed
         Image.open(folder / "out" / name).load()

@@ -1,17 +1,13 @@
 """Pipes in the place of files: read once where that is enough, else refused; named, not waited for, in folders."""
 
-import logging
 import os
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from PIL import Image
 
-from lsast.cli.main import main
-from lsast.cli.watch import watch
 from lsast_engines import picture_file
 from lsast_engines.errors import PictureError
 from lsast_engines.images import read_picture
@@ -31,27 +27,23 @@ def folder(folder: Path, photo: np.ndarray) -> Path:
     return folder
 
 
-def _run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments)
-
-
 def _feed(name: str) -> None:
     threading.Thread(target=lambda: Path("pipe").write_bytes(Path(name).read_bytes()), daemon=True).start()
 
 
-def test_lsast_run_of_a_pipe_paints_what_comes_out_of_it(folder):
-    assert _run("in.png", "expected.png").exit_code == 0
+def test_lsast_run_of_a_pipe_paints_what_comes_out_of_it(run):
+    assert run("in.png", "expected.png").exit_code == 0
     _feed("in.png")
-    assert _run("pipe", "out.png").exit_code == 0
+    assert run("pipe", "out.png").exit_code == 0
     assert Path("out.png").read_bytes() == Path("expected.png").read_bytes()
     _feed("in.png")
-    assert _run("pipe", "sheet.png", "--grid", "strength=0.4,0.6").exit_code == 0
+    assert run("pipe", "sheet.png", "--grid", "strength=0.4,0.6").exit_code == 0
 
 
-def test_lsast_run_reads_a_mask_from_a_pipe_once_for_all_pictures(folder):
-    assert _run("in.png", "expected.png", "-m", "mask.png").exit_code == 0
+def test_lsast_run_reads_a_mask_from_a_pipe_once_for_all_pictures(run):
+    assert run("in.png", "expected.png", "-m", "mask.png").exit_code == 0
     _feed("mask.png")
-    assert _run("photos/a.png", "photos/b.png", "painted/", "-m", "pipe").exit_code == 0
+    assert run("photos/a.png", "photos/b.png", "painted/", "-m", "pipe").exit_code == 0
     for name in ("a", "b"):
         assert Path(f"painted/{name}.png").read_bytes() == Path("expected.png").read_bytes()
 
@@ -65,34 +57,17 @@ def test_lsast_run_reads_a_mask_from_a_pipe_once_for_all_pictures(folder):
         (["--from", "in.png", "pipe"], "it is read more than once"),
     ],
 )
-def test_lsast_run_refuses_a_pipe_where_one_reading_is_not_enough(folder, arguments, words):
-    result = _run(*arguments)
+def test_lsast_run_refuses_a_pipe_where_one_reading_is_not_enough(run, arguments, words):
+    result = run(*arguments)
     assert result.exit_code in (1, 2)
     assert words in result.stderr
 
 
 @pytest.mark.parametrize("source", ["photos", "photos/*.png"])
-def test_lsast_run_names_the_pipes_of_a_folder_and_paints_the_others(folder, source):
-    result = _run(source, "painted/")
+def test_lsast_run_names_the_pipes_of_a_folder_and_paints_the_others(run, source):
+    result = run(source, "painted/")
     assert (result.exit_code, result.stderr.count("pipe.png is left out: it is no file")) == (0, 1)
     assert sorted(os.listdir("painted")) == ["a.png", "b.png"]
-
-
-def test_watch_names_a_pipe_once(folder, caplog):
-
-    class Stop:
-        rounds = 0
-
-        def is_set(self) -> bool:
-            self.rounds += 1
-            Path("photos", f"{self.rounds}.txt").touch()  # every search finds a change
-            return self.rounds > 20
-
-    for name in ("a", "b"):
-        os.utime(f"photos/{name}.png", (1, 1))
-    with caplog.at_level(logging.WARNING):
-        assert len(list(watch(["photos"], "painted", stop=Stop()))) == 2
-    assert caplog.text.count("pipe.png is left out") == 1
 
 
 def test_read_picture_of_an_endless_stream_stops_at_a_bound(monkeypatch):

@@ -12,12 +12,19 @@ import pytest
 from PIL import Image
 
 from lsast.cli.inputs import Job
-from lsast.cli.watch import SETTLED, check_watch, watch
+from lsast.cli.watch import check_watch, watch
 from lsast_engines.errors import UsageError
 
 PATIENCE = 20.0
+SETTLED = 0.3
+"""Seconds for which a file must not have changed, in these tests."""
 QUIET = 2.5 * SETTLED
 """Seconds after which nothing more is expected."""
+
+
+@pytest.fixture(autouse=True)
+def _settled_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lsast.cli.watch.SETTLED", SETTLED)
 
 
 class Watched:
@@ -36,12 +43,12 @@ class Watched:
             job.out.write_bytes(b"painting")
             self.jobs.append((str(job.source), str(job.out)))
 
-    def wait(self, count: int) -> list[tuple[str, str]]:
-        """Wait for so many jobs, and for no more."""
+    def wait(self, count: int, rest: float = 0.0) -> list[tuple[str, str]]:
+        """Wait for so many jobs, then for `rest` seconds, in which no more are expected."""
         patience = time.monotonic() + PATIENCE
         while len(self.jobs) < count and time.monotonic() < patience:
             time.sleep(0.02)
-        time.sleep(QUIET)
+        time.sleep(rest)
         return self.jobs
 
     def close(self) -> None:
@@ -68,45 +75,43 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_watch_yields_missing_and_older_paintings_then_changes(folder):
+def test_watch_yields_missing_and_older_paintings_then_changes_when_they_are_complete(folder):
     with contextlib.closing(Watched(["in"], "out")) as watched:
-        assert watched.wait(2) == [("in/new.png", "out/new.png"), ("in/stale.png", "out/stale.png")]
+        assert watched.wait(2, QUIET) == [("in/new.png", "out/new.png"), ("in/stale.png", "out/stale.png")]
+        with (folder / "in" / "slow.png").open("wb") as handle:
+            for _ in range(12):
+                handle.write(b"a piece")
+                handle.flush()
+                time.sleep(SETTLED / 6)
+                assert len(watched.jobs) == 2
+        assert watched.wait(3)[2:] == [("in/slow.png", "out/slow.png")]
         (folder / "in" / "deep").mkdir()
         (folder / "in" / "deep" / "late.jpg").write_bytes(b"picture")
         (folder / "in" / "notes.txt").write_text("no picture")
         (folder / "in" / "done.png").write_bytes(b"another picture")
         expected = [("in/deep/late.jpg", "out/deep/late.jpg"), ("in/done.png", "out/done.png")]
-        assert sorted(watched.wait(4)[2:]) == expected
-
-
-def test_watch_waits_for_a_file_that_is_still_written(folder):
-    with contextlib.closing(Watched(["in"], "out")) as watched:
-        watched.wait(2)
-        with (folder / "in" / "slow.png").open("wb") as handle:
-            for _ in range(6):
-                handle.write(b"a piece")
-                handle.flush()
-                time.sleep(SETTLED / 3)
-                assert len(watched.jobs) == 2
-        assert watched.wait(3)[2:] == [("in/slow.png", "out/slow.png")]
+        assert sorted(watched.wait(5, QUIET)[3:]) == expected
 
 
 def test_watch_with_overwrite_yields_everything_once(folder):
     (folder / "more").mkdir()
     with contextlib.closing(Watched(["in", "more"], "out", overwrite=True)) as watched:
-        assert [out for _, out in watched.wait(3)] == ["out/in/done.png", "out/in/new.png", "out/in/stale.png"]
+        expected = ["out/in/done.png", "out/in/new.png", "out/in/stale.png"]
+        assert [out for _, out in watched.wait(3, QUIET)] == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs file names that are no text")
-def test_watch_goes_on_after_names_that_clash_or_are_no_text(folder, caplog):
+def test_watch_of_pipes_and_names_that_clash_or_are_no_text_tells_each_once_and_goes_on(folder, caplog):
+    os.mkfifo("in/pipe.png")
     with contextlib.closing(Watched(["in"], "out")) as watched:
         watched.wait(2)
         for name in ("c.bmp", "c.bmp.png", os.fsdecode(b"caf\xe9.png")):
             (folder / "in" / name).write_bytes(b"picture")
         assert watched.wait(3)[2:] == [("in/caf\udce9.png", "out/caf\udce9.png")]
         (folder / "in" / "last.png").write_bytes(b"picture")
-        assert watched.wait(4)[3:] == [("in/last.png", "out/last.png")]
+        assert watched.wait(4, QUIET)[3:] == [("in/last.png", "out/last.png")]
     assert sum("is that of in/c.bmp" in message for message in caplog.messages) == 2
+    assert caplog.text.count("pipe.png is left out") == 1
 
 
 def test_check_watch_accepts_folders_only(folder):

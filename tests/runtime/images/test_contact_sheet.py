@@ -6,12 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
-import lsast
 from lsast import PictureError, UsageError
-from lsast.cli.main import main
 from lsast.images.contact_sheet import CELL, contact_sheet, parse_axes
 
 AXES: dict[str, list[Any]] = {
@@ -60,20 +57,10 @@ def test_contact_sheet_scales_large_paintings_and_puts_transparent_ones_on_white
     assert (np.asarray(sheet.image.crop((left, top, right, bottom))) == 255).all()
 
 
-def test_parse_axes_reads_names_and_values():
-    found = parse_axes(["strength=0.4, 0.6", "steps=10", "style=vangogh:0.5+monet,monet", "keep-colour=true"])
-    assert found == {
-        "strength": [0.4, 0.6], "steps": [10], "style": ["vangogh:0.5+monet", "monet"], "keep_colour": [True],
-    }  # fmt: skip
-    assert isinstance(found["steps"][0], int)
-
-
 @pytest.mark.parametrize(
     ("texts", "words"),
     [
-        (["strength"], "expected an option and its values"),
-        (["strength="], "expected an option and its values"),
-        (["strength=1,,2"], "expected an option and its values"),
+        *(([text], "expected an option and its values") for text in ("strength", "strength=", "strength=1,,2")),
         (["colour=red"], "the axis colour, no option; expected one of style, steps"),
         (["guidance-low=200"], "the axis guidance_low, which was removed: use cache_interval"),
         (["seed=1", "seed=2"], "the axis seed, twice"),
@@ -84,18 +71,21 @@ def test_parse_axes_with_invalid_axes_raises(texts, words):
         parse_axes(texts)
 
 
-def test_lsast_run_with_grid_writes_a_sheet(bundle_path, photo, tmp_path):
-    Image.fromarray(photo).save(tmp_path / "in.png")
-    arguments = [str(tmp_path / "in.png"), str(tmp_path / "sheet.png"), "--bundle", str(bundle_path), "--json"]
-    result = CliRunner().invoke(main, [*arguments, "--grid", "strength=0.3,0.7", "--grid", "style=monet,vangogh"])
+def test_lsast_run_with_grid_writes_a_sheet(run, stylizer, photo):
+    axes = ("--grid", "strength = 0.3, 0.7", "--grid", "style=monet,vangogh:0.5+monet")
+    result = run("in.png", "sheet.png", "--json", *axes)
     assert (result.exit_code, result.stderr) == (0, "")
     report = json.loads(result.stdout)
-    assert (report["cells"], report["axes"]) == (4, {"strength": [0.3, 0.7], "style": ["monet", "vangogh"]})
-    with lsast.load(bundle_path) as stylizer, Image.open(tmp_path / "sheet.png") as saved:
-        expected = contact_sheet(stylizer, photo, report["axes"]).image
-        np.testing.assert_array_equal(saved, expected)
-    masked = ["--mask", arguments[0], "--grid", "keep_colour=true,false", "--grid", "fit=aspect,stretch"]
-    assert CliRunner().invoke(main, [*arguments, *masked, "--size", "64"]).exit_code == 0
+    assert (report["cells"], report["axes"]) == (4, {"strength": [0.3, 0.7], "style": ["monet", "vangogh:0.5+monet"]})
+    with Image.open("sheet.png") as saved:
+        np.testing.assert_array_equal(saved, contact_sheet(stylizer, photo, report["axes"]).image)
+    others = ("--grid", "keep-colour=true,false", "--grid", "fit=aspect,stretch", "--grid", "steps=1")
+    masked = run("in.png", "sheet.png", "--mask", "in.png", "--size", "64", *others, "--json")
+    assert json.loads(masked.stdout)["axes"] == {
+        "keep_colour": [True, False],
+        "fit": ["aspect", "stretch"],
+        "steps": [1],
+    }
 
 
 def test_contact_sheet_that_cannot_be_made_is_refused_before_it_is_painted(stylizer, photo):

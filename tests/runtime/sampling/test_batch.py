@@ -112,12 +112,12 @@ def fields(bundle_path: Path) -> dict[str, Any]:
             "blends": lambda _: (), "guidance": 2.0, "seed": 0}  # fmt: skip
 
 
-def test_batch_solver_with_x0_blend_blends_the_predicted_x0_with_the_picture(fields):
+def test_batch_solver_with_x0_blends_blends_the_predicted_x0_with_one_after_the_other(fields):
     rng, schedule = np.random.default_rng(1), TimestepSchedule.build(NoiseSchedule(), 12, 0.7, 10)
     share = rng.uniform(size=(6, 8)).astype(np.float32)
     share[0], share[1] = 0, 1
-    z0, n = rng.standard_normal((2, 4, 6, 8), dtype=np.float32)
-    fields |= {"schedule": schedule, "blends": lambda z0: [X0Blend(z0, 1 - share)]}
+    z0, before, n = rng.standard_normal((3, 4, 6, 8), dtype=np.float32)
+    fields |= {"schedule": schedule, "blends": lambda z0: [X0Blend(z0, 1 - share), X0Blend(before, share / 2)]}
     solver = Batch([Sample(**fields)], NULL, 1.0).solver(z0[None])
     found, abar = schedule.add_noise(z0, n), NoiseSchedule().alphas_cumprod
     z = np.sqrt(abar[schedule.start_t]) * z0.astype(float) + np.sqrt(1 - abar[schedule.start_t]) * n
@@ -128,22 +128,11 @@ def test_batch_solver_with_x0_blend_blends_the_predicted_x0_with_the_picture(fie
         a = abar[step.t]
         x0 = (z - np.sqrt(1 - a) * expected_noise) / np.sqrt(a)
         x0 = share * x0 + (1 - share) * z0
+        x0 = (1 - share / 2) * x0 + share / 2 * before
         np.testing.assert_allclose(solver.x0[0], x0, atol=2e-4)
         eps = (z - np.sqrt(a) * x0) / np.sqrt(1 - a)
         z = np.sqrt(b) * x0 + np.sqrt(1 - b) * eps
     np.testing.assert_allclose(found, z, atol=2e-4)
-
-
-def test_batch_solver_with_two_x0_blends_blends_one_after_the_other(fields):
-    noise, rng = NoiseSchedule(), np.random.default_rng(2)
-    schedule = TimestepSchedule.build(noise, 12, 0.7, 10, "ddim")
-    x, eps, picture, before = (rng.standard_normal((4, 6, 8)).astype(np.float32) for _ in range(4))
-    blends = [X0Blend(latent, np.full((6, 8), w, np.float32)) for latent, w in ((picture, 0.4), (before, 0.85))]
-    solver = Batch([Sample(**fields | {"schedule": schedule, "blends": lambda _: blends})], NULL, 1.0).solver(x[None])
-    solver.step(eps[None], 3, x[None])
-    abar = noise.alphas_cumprod[schedule.steps[3].t]
-    x0 = (x - np.sqrt(1 - abar) * eps) / np.sqrt(abar)
-    np.testing.assert_allclose(solver.x0[0], 0.85 * before + 0.15 * (0.4 * picture + 0.6 * x0), atol=1e-5)
 
 
 MONET = LatentStatistics((0.1, -0.2, 0.3, 0.0), (0.5, 0.6, 0.7, 0.8))

@@ -1,5 +1,5 @@
-"""The graphs that step caching opens, and tiles; and the small decoder, which swaps red and blue, so that every picture
-says which one ran. `test_sampler` compares step caching with the algorithm."""
+"""The graphs that step caching opens; and the small decoder, which swaps red and blue, so that every picture says which
+one ran. `test_sampler` compares step caching with the algorithm, `test_tiling` both with what is painted whole."""
 
 import pickle
 import re
@@ -21,7 +21,7 @@ from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS, 
 
 
 @pytest.fixture(params=sorted({"onnxruntime", "openvino"} & available_backends().keys()))
-def stylizer(request: pytest.FixtureRequest, split_path: Path) -> Iterator[Stylizer]:
+def split(request: pytest.FixtureRequest, split_path: Path) -> Iterator[Stylizer]:
     with lsast.load(split_path, backend=request.param, threads=1) as opened:
         yield opened
 
@@ -30,21 +30,13 @@ def _pixels(result: lsast.Result) -> np.ndarray:
     return np.asarray(result.image).astype(int)
 
 
-def test_stylize_without_cache_interval_opens_no_split_graph(stylizer, bundle_path, photo):
-    with lsast.load(bundle_path, backend=stylizer.backend, threads=1) as without:
+def test_stylize_without_cache_interval_opens_no_split_graph(split, bundle_path, photo):
+    with lsast.load(bundle_path, backend=split.backend, threads=1) as without:
         expected = _pixels(without.stylize(photo, seed=3))
-    assert (_pixels(stylizer.stylize(photo, seed=3)) == expected).all()
-    assert set(stylizer._pool.engines) == {*REQUIRED_GRAPHS}
-    stylizer.stylize(photo, cache_interval=2)
-    assert set(stylizer._pool.engines) == {*REQUIRED_GRAPHS, *UNET_SPLIT_GRAPHS}
-
-
-def test_cached_denoiser_in_tiles_caches_each_tiles_own(stylizer, photo):
-    """The tiny graphs look no further than two cells, so tiles must give what the whole gives."""
-    large = np.tile(photo, (4, 3, 1))[:330, :400]
-    whole, tiled = (_pixels(stylizer.stylize(large, size=0, tile=tile, cache_interval=3)) for tile in (0, 128))
-    assert np.abs(whole - tiled).max() <= 1
-    assert whole.std() > 5, "a flat picture proves nothing"
+    assert (_pixels(split.stylize(photo, seed=3)) == expected).all()
+    assert set(split._pool.engines) == {*REQUIRED_GRAPHS}
+    split.stylize(photo, cache_interval=2)
+    assert set(split._pool.engines) == {*REQUIRED_GRAPHS, *UNET_SPLIT_GRAPHS}
 
 
 @pytest.mark.parametrize(
@@ -58,19 +50,17 @@ def test_cached_denoiser_in_tiles_caches_each_tiles_own(stylizer, photo):
         ({"decoder": "small"}, "found no graph vae_decoder_tiny .* lsast-export decoder {} --small FOLDER"),
     ],
 )
-def test_option_whose_graphs_the_bundle_lacks_says_what_adds_them(bundle_path, photo, option, words):
+def test_option_whose_graphs_the_bundle_lacks_says_what_adds_them(stylizer, bundle_path, photo, option, words):
     words = words.format(re.escape(str(bundle_path)))
-    with lsast.load(bundle_path, threads=1) as without:
-        for use in (without.resolve, partial(without.stylize, photo)):
-            with pytest.raises(BundleError, match=words):
-                use(**option)
+    for use in (stylizer.resolve, partial(stylizer.stylize, photo)):
+        with pytest.raises(BundleError, match=words):
+            use(**option)
 
 
-def test_bundle_in_int8_without_split_graphs_is_to_be_quantized_again_not_replaced(bundle_path):
+def test_bundle_in_int8_without_split_graphs_is_to_be_quantized_again_not_replaced(stylizer, bundle_path):
     quantized = Bundle.open(bundle_path)
     quantized.manifest = replace(quantized.manifest, storage_dtype="int8")
-    with lsast.load(bundle_path, threads=1) as stylizer:
-        options = replace(stylizer.resolve(), cache_interval=2)
+    options = replace(stylizer.resolve(), cache_interval=2)
     words = f"lsast-export bundle --base FOLDER --out FOLDER; lsast-export quantize FOLDER --out {bundle_path}"
     with pytest.raises(BundleError, match=re.escape(words)):
         require_graphs(quantized, options)
@@ -94,25 +84,12 @@ def test_load_with_a_preset_opens_its_graphs_and_reports_it(split_path, photo):
         lsast.load(split_path, preset="swift")
 
 
-def _swapped(result: lsast.Result) -> np.ndarray:
-    pixels = _pixels(result)
-    assert np.abs(pixels - pixels[..., ::-1]).mean() > 1, "a grey picture proves nothing"
-    return pixels[..., ::-1]
-
-
-def test_small_decoder_is_opened_and_used_when_asked_for(stylizer, photo):
-    full = stylizer.stylize(photo, seed=3)
-    assert VAE_DECODER_TINY not in stylizer._pool.engines
-    assert (_pixels(stylizer.stylize(photo, seed=3, decoder="full")) == _pixels(full)).all()
-    small = stylizer.stylize(photo, seed=3, decoder="small")
-    assert (_pixels(small) == _swapped(full)).all()
+def test_small_decoder_is_opened_and_used_when_asked_for(split, photo):
+    full = split.stylize(photo, seed=3)
+    assert VAE_DECODER_TINY not in split._pool.engines
+    assert (_pixels(split.stylize(photo, seed=3, decoder="full")) == _pixels(full)).all()
+    small = split.stylize(photo, seed=3, decoder="small")
+    assert (_pixels(small) == _pixels(full)[..., ::-1]).all()
+    assert np.abs(_pixels(small) - _pixels(full)).mean() > 1, "a grey picture proves nothing"
     assert (full.options.decoder, small.options.decoder) == ("full", "small")
-    assert (_pixels(stylizer.stylize(photo, seed=3)) == _pixels(full)).all()
-
-
-def test_small_decoder_decodes_each_tile(stylizer):
-    rows, columns = np.mgrid[0:128, 0:256]
-    picture = np.stack([rows, columns, rows * columns % 256], axis=-1).astype(np.uint8)
-    assert stylizer.request(picture, size=0, tile=128).grid
-    full, small = (stylizer.stylize(picture, size=0, tile=128, decoder=name) for name in ("full", "small"))
-    assert np.abs(_pixels(small) - _swapped(full)).max() <= 1
+    assert (_pixels(split.stylize(photo, seed=3)) == _pixels(full)).all()

@@ -1,7 +1,6 @@
 """The whole path of one picture, with step caching too, against plain numpy for the graphs and diffusers for the
 scheduler."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import cv2
@@ -9,19 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-import lsast
 import schedulers
 from lsast import Stylizer
-from lsast_engines.backends.registry import available_backends
 from lsast_engines.bundle.bundle import Bundle
 
 SCALE = 0.5  # latent_scale of the tiny bundle
 
 
-@pytest.fixture(params=sorted(available_backends()))
-def stylizer(request: pytest.FixtureRequest, split_path: Any) -> Iterator[Stylizer]:
-    with lsast.load(split_path, backend=request.param) as opened:
-        yield opened
+@pytest.fixture
+def stylizer(split_stylizer: Stylizer) -> Stylizer:
+    return split_stylizer
 
 
 def _coarse(held: np.ndarray) -> np.ndarray:

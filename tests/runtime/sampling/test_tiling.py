@@ -8,8 +8,8 @@ import pytest
 import lsast
 from lsast import Stylizer
 from lsast.request import Request
-from lsast.sampling.networks import Floats, Graph, decode, decode_rgb, embed_edges, encode
-from lsast.sampling.tiling import TiledDenoiser, TileGrid, TileSpan, tiled_decoder, tiled_encoder
+from lsast.sampling.networks import Graph, decode, decode_rgb, embed_edges, encode
+from lsast.sampling.tiling import TileGrid, TileSpan, tiled_decoder, tiled_encoder
 from lsast_engines.bundle.bundle import EMBEDDED
 from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, VAE_DECODER, VAE_ENCODER
 
@@ -74,44 +74,24 @@ def test_tile_span_in_pixels_has_weights_that_are_linear_between_cells():
     np.testing.assert_allclose(weight[2:6], [0.125, 0.375, 0.625, 0.875])
 
 
-class _Positions:
-    """A denoiser whose noise at a cell is where the cell lies in what it is given, plus the hint: depends on tiles."""
-
-    def __call__(self, latent: Floats, timestep: Any, hint: Floats, style: Any, control_scale: Any) -> Floats:
-        rows, columns = np.mgrid[0 : latent.shape[-2], 0 : latent.shape[-1]]
-        eps: Floats = (latent + 100 * rows + columns + hint)[None].astype(np.float32)
-        return eps
-
-    def release_memory(self) -> None: ...
-
-
-def test_tiled_denoiser_gives_the_weighted_mean_of_the_tiles_noise():
-    denoiser = TiledDenoiser(_Positions, grid := TileGrid.cover((128, 448), 128, 8))
-    rng = np.random.default_rng(0)
-    latent = rng.standard_normal((2, 4, 16, 56), dtype=np.float32)
-    hint = rng.standard_normal((2, 1, 16, 56), dtype=np.float32)
-    found = denoiser(latent, np.array([1, 1]), hint, None, np.float32(1))  # type: ignore[arg-type]
-    # By hand: tiles of 16 cells start at every 10th, so that one hands over to the next at 13, 23, 33 and 43; tiles
-    # overlap by a quarter of 16 at least, and half of that, 2 cells, is what the blend goes over.
+def test_tile_grid_blend_goes_over_two_cells_in_the_middle_of_an_overlap():
+    # Tiles of 16 cells overlap by a quarter at least, and half of that, 2 cells, is what the blend goes over.
+    grid = TileGrid.cover((128, 448), 128, 8)
     assert [span.cells.start for span in grid.columns] == [0, 10, 20, 30, 40]
-    places = np.zeros(56)
-    for x in range(56):
-        tile = sum(x >= handing_over for handing_over in (13, 23, 33, 43))
-        places[x] = x - 10 * tile
-        if x + 1 in (13, 23, 33, 43):
-            places[x] = 0.75 * places[x] + 0.25 * (places[x] - 10)
-        if x in (13, 23, 33, 43):
-            places[x] = 0.75 * places[x] + 0.25 * (places[x] + 10)
-    expected = latent + hint + 100 * np.arange(16)[:, None] + places
-    np.testing.assert_allclose(found[0], expected, atol=1e-3)
+    between = [number + share for number in range(4) for share in (*[0] * 8, 0.25, 0.75)]
+    found = grid.blend(np.full((16, 16), number, np.float32) for number in range(5))
+    np.testing.assert_allclose(found, np.tile([*[0] * 4, *between, *[4] * 12], (16, 1)), atol=1e-6)
 
 
-def test_stylize_in_tiles_with_graphs_of_short_reach_paints_what_it_paints_whole(stylizer, photo):
+@pytest.mark.parametrize(
+    "options", [{}, {"solver": "dpmpp2m"}, {"solver": "unipc"}, {"cache_interval": 3}, {"decoder": "small"}], ids=str
+)
+def test_stylize_in_tiles_with_graphs_of_short_reach_paints_what_it_paints_whole(split_stylizer, photo, options):
+    """The tiny graphs look no further than two cells; with a cache, each tile has its own."""
     large = np.tile(photo, (4, 3, 1))[:330, :400]
-    for solver in ("ddim", "dpmpp2m", "unipc"):
-        whole, tiled = (_pixels(stylizer.stylize(large, size=0, tile=tile, solver=solver)) for tile in (0, 128))
-        assert np.abs(whole - tiled).max() <= 1, solver
-        assert whole.std() > 5, "a flat picture proves nothing"
+    whole, tiled = (_pixels(split_stylizer.stylize(large, size=0, tile=tile, **options)) for tile in (0, 128))
+    assert np.abs(whole - tiled).max() <= 1
+    assert whole.std() > 5, "a flat picture proves nothing"
 
 
 def test_stylize_in_tiles_runs_every_graph_on_tiles_alone(stylizer, photo, monkeypatch):
@@ -132,8 +112,8 @@ def test_stylize_in_tiles_runs_every_graph_on_tiles_alone(stylizer, photo, monke
 def test_tiled_networks_of_the_embedded_bundle_give_what_they_give_whole(mini):
     """Convolutions without normalisation: what of a tile counts saw its surroundings as the whole picture has them."""
     rng = np.random.default_rng(3)
-    rgb = np.kron(rng.integers(0, 255, (24, 40, 3)), np.ones((16, 16, 1))).astype(np.uint8)  # 384 x 640
-    grid = TileGrid.cover((384, 640), 320, 8)
+    rgb = np.kron(rng.integers(0, 255, (24, 32, 3)), np.ones((16, 16, 1))).astype(np.uint8)  # 384 x 512
+    grid = TileGrid.cover((384, 512), 320, 8)
     assert len(grid.columns) > 1 < len(grid.rows)
     graphs = {name: Graph(engine) for name, engine in mini._pool.engines.items()}
     edges = (rgb[None, ..., 0] > 127).astype(np.uint8)

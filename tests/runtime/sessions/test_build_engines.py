@@ -6,12 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
-from PIL import Image
 
 import lsast
 from fake_gpu import FakeCuda, Status
-from lsast.cli.main import main
 from lsast.sessions import build_engines as building
 from lsast.sessions.build_engines import build_engines
 from lsast_engines.backends.tensorrt import cuda
@@ -101,12 +98,10 @@ def test_build_engines_without_a_gpu_compiles_nothing(bundle, driver, commands):
 
 
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
-def test_build_engines_for_a_backend_without_engines_raises(tmp_path, bundle_path, backend):
+def test_build_engines_for_a_backend_without_engines_raises(run, bundle_path, backend):
     with pytest.raises(UsageError, match=f"found a backend '{backend}' .*; expected tensorrt or tensorrt-rtx"):
         lsast.load(bundle_path, backend, build=True)
-    Image.new("RGB", (64, 64)).save(tmp_path / "in.png")
-    arguments = [str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--bundle", str(bundle_path)]
-    result = CliRunner().invoke(main, [*arguments, "--backend", backend, "--build"])
+    result = run("in.png", "out.png", "--backend", backend, "--build")
     assert result.exit_code == 2
     assert "expected tensorrt or tensorrt-rtx" in result.stderr
 

@@ -92,22 +92,19 @@ STYLES = ["vangogh", "monet", "vangogh+monet"]
 
 
 def test_stylize_async_cancelled_stops_its_painting_and_drops_queued_ones(stylizer, photo):
-    steps: list[tuple[str, int]] = []
+    steps: list[tuple[int, int]] = []
 
     async def scene() -> None:
         begun = asyncio.Event()
         loop = asyncio.get_running_loop()
 
-        def watch(name: str) -> Any:
-            def on_step(step: int, total: int, preview: object) -> None:
-                steps.append((name, step))
-                loop.call_soon_threadsafe(begun.set)
-                time.sleep(0.05)
+        def on_step(step: int, total: int, preview: object) -> None:
+            steps.append((total, step))
+            loop.call_soon_threadsafe(begun.set)
+            time.sleep(0.05)
 
-            return on_step
-
-        first = asyncio.create_task(stylizer.stylize_async(photo, steps=100, strength=1.0, on_step=watch("first")))
-        second = asyncio.create_task(stylizer.stylize_async(photo, on_step=watch("second")))
+        first = asyncio.create_task(stylizer.stylize_async(photo, steps=100, strength=1.0, on_step=on_step))
+        second = asyncio.create_task(stylizer.stylize_async(photo, on_step=on_step))
         await begun.wait()
         for task in (second, first):
             task.cancel()
@@ -118,7 +115,7 @@ def test_stylize_async_cancelled_stops_its_painting_and_drops_queued_ones(styliz
         assert len(steps) <= seen + 1, "it goes on unseen"  # the step that was under way may still tell of itself
 
     asyncio.run(scene())
-    assert {name for name, _ in steps} == {"first"}
+    assert {total for total, _ in steps} == {100}, "the second was begun"
     assert len(steps) < 50
     stylizer.stylize(photo)
 
@@ -147,14 +144,8 @@ def test_preview_after_the_last_step_is_the_painting_scaled_down():
         rgb = np.asarray(image.convert("RGB").resize((128, 128)))
     shown: list[np.ndarray] = []
     with lsast.load(EMBEDDED, backend="onnxruntime", threads=1) as mini:
-        result = mini.stylize(
-            rgb,
-            steps=8,
-            strength=0.75,
-            size=0,
-            guidance=1.0,
-            on_step=lambda step, total, look: shown.append(np.asarray(look())),
-        )
+        options: dict[str, Any] = {"steps": 8, "strength": 0.75, "size": 0, "guidance": 1.0}
+        result = mini.stylize(rgb, **options, on_step=lambda step, total, look: shown.append(np.asarray(look())))
     small = cv2.resize(np.asarray(result.image), (16, 16), interpolation=cv2.INTER_AREA).astype(float)
     errors = [np.abs(preview - small).mean() for preview in shown]
     assert np.corrcoef(shown[-1].ravel(), small.ravel())[0, 1] > 0.8

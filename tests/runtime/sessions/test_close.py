@@ -4,8 +4,6 @@ import asyncio
 import io
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -140,13 +138,12 @@ def test_close_with_async_calls_queued_ends_them_with_our_error(bundle_path, pho
     assert [type(outcome) for outcome in outcomes] == [UsageError] * 5, outcomes
 
 
-def test_painting_inside_on_step_of_the_same_thread_raises(bundle_path, photo):
-    with lsast.load(bundle_path) as stylizer:
-        for paint in (stylizer.stylize, lambda *_, **options: asyncio.run(stylizer.stylize_async(photo, **options))):
-            for inner in (stylizer.stylize, lambda photo: asyncio.run(stylizer.stylize_async(photo))):
-                with pytest.raises(UsageError, match="from inside on_step"):
-                    paint(photo, on_step=lambda *_, inner=inner: inner(photo))
-        stylizer.stylize(photo)
+def test_painting_inside_on_step_of_the_same_thread_raises(stylizer, photo):
+    for paint in (stylizer.stylize, lambda *_, **options: asyncio.run(stylizer.stylize_async(photo, **options))):
+        for inner in (stylizer.stylize, lambda photo: asyncio.run(stylizer.stylize_async(photo))):
+            with pytest.raises(UsageError, match="from inside on_step"):
+                paint(photo, on_step=lambda *_, inner=inner: inner(photo))
+    stylizer.stylize(photo)
 
 
 def _photos(photo: np.ndarray, count: int) -> list[np.ndarray]:
@@ -181,9 +178,10 @@ def test_on_step_that_waits_for_paintings_of_other_threads_gets_them(
     assert sorted(painted) == [0] * 2 + [1] * 6 + [2] * 18
 
 
-def test_on_step_of_async_paintings_that_waits_for_async_paintings_gets_them(bundle_path, photo, monkeypatch):
+def test_on_step_of_async_paintings_that_waits_for_async_paintings_gets_them(stylizer, photo, monkeypatch):
     monkeypatch.setattr("lsast.sessions.engine_pool.LAPSE_SECONDS", 0.05)
     photos = _photos(photo, 3)
+    expected = [np.asarray(stylizer.stylize(each, steps=3)) for each in photos]
 
     async def scene() -> None:
         loop = asyncio.get_running_loop()
@@ -198,9 +196,7 @@ def test_on_step_of_async_paintings_that_waits_for_async_paintings_gets_them(bun
 
         await asyncio.gather(*(paint(0) for _ in range(4)))
 
-    with lsast.load(bundle_path) as stylizer:
-        expected = [np.asarray(stylizer.stylize(each, steps=3)) for each in photos]
-        asyncio.run(scene())
+    asyncio.run(scene())
 
 
 EXIT = """
@@ -241,16 +237,15 @@ time.sleep(np.random.default_rng().uniform(0, 0.1))
 
 @pytest.mark.parametrize("backend", sorted(available_backends()))
 @pytest.mark.parametrize("what", ["paint", "load", "callback"])
-def test_exit_while_a_daemon_thread_works_is_clean(bundle_path, backend, what):
-    done = subprocess.run(
-        [sys.executable, "-c", EXIT, str(bundle_path), backend, what], capture_output=True, text=True, timeout=SECONDS
-    )
+def test_exit_while_a_daemon_thread_works_is_clean(python, bundle_path, backend, what):
+    done = python(EXIT, bundle_path, backend, what)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 FORK = """
-import os, sys
+import os, sys, warnings
 import numpy as np, lsast
+warnings.simplefilter("ignore")  # of forks beside threads
 photo = np.zeros((64, 64, 3), np.uint8)
 with lsast.load(sys.argv[1]) as stylizer:
     expected = np.asarray(stylizer.stylize(photo).image)
@@ -270,7 +265,6 @@ with lsast.load(sys.argv[1]) as stylizer:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_fork_inside_on_step_paints_and_refuses_to_go_on_with_its_parents_painting(bundle_path):
-    command = [sys.executable, "-W", "ignore", "-c", FORK, str(bundle_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+def test_fork_inside_on_step_paints_and_refuses_to_go_on_with_its_parents_painting(python, bundle_path):
+    done = python(FORK, bundle_path)
     assert done.returncode == 0, done.stderr

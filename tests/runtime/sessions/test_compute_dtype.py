@@ -6,12 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from PIL import Image
 
 import lsast
 from lsast import BackendError, Stylizer
-from lsast.cli.main import main
 from lsast_engines.backends.base import Engine
 
 
@@ -66,15 +63,12 @@ def test_openvino_in_bf16_paints_the_same_after_a_small_picture():
         np.testing.assert_array_equal(stylizer.stylize(picture, size=256, steps=1).image, expected)
 
 
-def test_auto_is_chosen_once_and_its_paintings_are_repeated_on_other_processors(
-    bundle_path, photo, tmp_path, monkeypatch
-):
+def test_auto_is_chosen_once_and_its_paintings_are_repeated_on_other_processors(run, photo, monkeypatch):
     for library in ("onnxruntime", "openvino"):
         pytest.importorskip(library)
     monkeypatch.setattr("lsast_engines.backends.openvino.compute_dtypes", lambda device: ("fp32", "bf16"))
-    Image.fromarray(photo).save(tmp_path / "in.png")
     monkeypatch.setenv("LSAST_PROCESSOR", "avx512_bf16")
-    with lsast.load(bundle_path) as stylizer:
+    with lsast.load() as stylizer:
         monkeypatch.setenv("LSAST_PROCESSOR", "avx2")
         first, other = stylizer.stylize(photo), stylizer.stylize(photo, seed=1)
         again = pickle.loads(pickle.dumps(stylizer))  # chooses where it is opened
@@ -84,12 +78,12 @@ def test_auto_is_chosen_once_and_its_paintings_are_repeated_on_other_processors(
     assert (first.provenance.backend, first.provenance.compute_dtype) == ("openvino", "bf16")
     with again:
         assert (again.choice.backend, again.choice.compute_dtype) == ("onnxruntime", "fp32")
-    first.save(tmp_path / "out.png")
-    call = ["--bundle", str(bundle_path), "--from", str(tmp_path / "out.png"), str(tmp_path / "in.png")]
-    assert CliRunner().invoke(main, call).exit_code == 0
+    first.save("out.png")
+    call = ("--from", "out.png", "in.png")
+    assert run(*call).exit_code == 0
     monkeypatch.setitem(sys.modules, "openvino", None)
-    refused = CliRunner().invoke(main, call)
+    refused = run(*call)
     assert refused.exit_code == 1
     assert "add --backend auto --device auto --compute-dtype auto" in refused.stderr
-    autos = ["--backend", "auto", "--device", "auto", "--compute-dtype", "auto"]
-    assert CliRunner().invoke(main, [*call, str(tmp_path / "near.png"), *autos]).exit_code == 0
+    autos = ("--backend", "auto", "--device", "auto", "--compute-dtype", "auto")
+    assert run(*call, "near.png", *autos).exit_code == 0

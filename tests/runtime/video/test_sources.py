@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 import lsast
-from lsast import PictureError, Stylizer
+from lsast import PictureError
 from lsast.video.source import open_source
-from lsast.video.transcode import check_video, paint_video
+from lsast.video.transcode import paint_video
 
-from .test_transcode import QUICK, read, write_clip
+from .test_transcode import QUICK, read, stop_at, write_clip
 
 av = pytest.importorskip("av", reason="needs the extra [video]")
 
@@ -111,7 +111,7 @@ def test_paint_video_mends_repeated_and_missing_times_of_sound(stylizer, photo, 
     assert b"".join(read(tmp_path / "out.mov")[2]) == b"".join(sound) != b""
 
 
-@pytest.mark.parametrize("name", ["12:30.mp4", "a%03d.mp4", "-.mp4", "http:x.mp4"])
+@pytest.mark.parametrize("name", ["12:30.mp4", "a%03d.mp4", "-.mp4", "http:x.mp4", "n" * 251 + ".mp4"])
 def test_paint_video_takes_names_as_they_are(stylizer, photo, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     write_clip(Path("clip.mp4"), photo, 2)
@@ -120,13 +120,6 @@ def test_paint_video_takes_names_as_they_are(stylizer, photo, tmp_path, monkeypa
     paint_video(Path(name), Path("out") / name, stylizer, QUICK)
     assert len(read(Path("out") / name)[0]) == 2
     assert os.listdir("out") == [name]
-
-
-def test_check_video_reads_no_file_that_a_file_names(photo, tmp_path):
-    write_clip(tmp_path / "clip.mp4", photo, 2)
-    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile clip.mp4\n")
-    with pytest.raises(PictureError, match="cannot be read as a video"):
-        check_video(tmp_path / "list.mp4", tmp_path / "out.mp4")
 
 
 @pytest.mark.parametrize(("codec", "pixels"), [("qtrle", "argb"), ("prores_ks", "yuva444p10le")])
@@ -206,29 +199,17 @@ def test_paint_video_of_a_damaged_stream_paints_what_can_be_decoded(stylizer, ph
     assert paint_video(tmp_path / "short.avi", tmp_path / "out.mp4", stylizer, QUICK)["frames"] >= 3
 
 
-def _stopped(source: Path, out: Path, stylizer: Stylizer, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a painting that was stopped after a segment of 2 frames."""
-    monkeypatch.setattr("lsast.video.transcode.SEGMENT", 2)
-
-    def stop(done: int, total: int | None) -> None:
-        if done == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        paint_video(source, out, stylizer, QUICK, on_frame=stop)
-    return out.with_name(f".{out.name}.parts")
-
-
 @pytest.mark.parametrize("fault", ["state", "segment", "folder", "style"])
 def test_paint_video_throws_a_useless_unfinished_painting_away(
-    stylizer, bundle_path, photo, tmp_path, monkeypatch, caplog, fault
+    bundle_path, photo, tmp_path, monkeypatch, caplog, fault
 ):
-    source, out = tmp_path / "clip.mp4", tmp_path / "out.mp4"
+    source, out, copy = tmp_path / "clip.mp4", tmp_path / "out.mp4", tmp_path / "bundle"
     write_clip(source, photo, 4, None)
-    copy = tmp_path / "bundle"
     shutil.copytree(bundle_path, copy)
-    with lsast.load(copy) as first:
-        folder = _stopped(source, out, first, monkeypatch)
+    monkeypatch.setattr("lsast.video.transcode.SEGMENT", 2)
+    with lsast.load(copy) as first, pytest.raises(KeyboardInterrupt):
+        paint_video(source, out, first, QUICK, on_frame=stop_at(3))
+    folder = tmp_path / ".out.mp4.parts"
     if fault == "state":
         (folder / "state.npz").write_bytes(b"PK\3\4junk")
     elif fault == "segment":
@@ -261,16 +242,19 @@ def test_paint_video_of_an_output_that_another_run_paints_raises(stylizer, photo
     assert found == [f"{out} is being painted by another run; wait for it, or take another OUT"]
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
-def test_paint_video_where_no_folder_can_be_made_raises(stylizer, photo, tmp_path):
-    write_clip(tmp_path / "clip.mp4", photo, 3, None)
-    with pytest.raises(PictureError, match=r"cannot write /proc/out\.mp4"):
-        paint_video(tmp_path / "clip.mp4", Path("/proc/out.mp4"), stylizer, QUICK)
-
-
-def test_paint_video_without_room_names_the_output_and_goes_on_later(stylizer, photo, tmp_path, monkeypatch):
+def test_paint_video_that_cannot_write_says_why_and_goes_on_later(stylizer, photo, tmp_path, monkeypatch):
     source, out = tmp_path / "clip.mp4", tmp_path / "out.mp4"
     write_clip(source, photo, 3, None)
+    if Path("/proc/self").is_dir():
+        with pytest.raises(PictureError, match=r"cannot write /proc/out\.mp4"):
+            paint_video(source, Path("/proc/out.mp4"), stylizer, QUICK)
+
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".out.mp4.parts").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PictureError, match="a link or a folder of another user"):
+        paint_video(source, out, stylizer, QUICK)
+    assert not os.listdir(tmp_path / "elsewhere")
+    (tmp_path / ".out.mp4.parts").unlink()
 
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -280,22 +264,6 @@ def test_paint_video_without_room_names_the_output_and_goes_on_later(stylizer, p
         with pytest.raises(PictureError, match=r"cannot write .*out\.mp4 \(\[Errno 28\] No space left on device\)"):
             paint_video(source, out, stylizer, QUICK)
     assert paint_video(source, out, stylizer, QUICK)["resumed"] == 3
-
-
-def test_paint_video_follows_no_link_in_place_of_its_folder(stylizer, photo, tmp_path):
-    write_clip(tmp_path / "clip.mp4", photo, 2, None)
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / ".out.mp4.parts").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(PictureError, match="a link or a folder of another user"):
-        paint_video(tmp_path / "clip.mp4", tmp_path / "out.mp4", stylizer, QUICK)
-    assert not os.listdir(tmp_path / "elsewhere")
-
-
-def test_paint_video_writes_a_name_of_255_bytes(stylizer, photo, tmp_path):
-    write_clip(tmp_path / "clip.mp4", photo, 2, None)
-    out = tmp_path / ("n" * 251 + ".mp4")
-    paint_video(tmp_path / "clip.mp4", out, stylizer, QUICK)
-    assert sorted(os.listdir(tmp_path)) == ["clip.mp4", out.name]
 
 
 def test_paint_video_of_a_file_that_is_cut_off_tells_where(stylizer, photo, tmp_path, caplog):
@@ -308,15 +276,8 @@ def test_paint_video_of_a_file_that_is_cut_off_tells_where(stylizer, photo, tmp_
     assert re.search(r"its pictures end at 0\.\d\d s of 0\.3\d s; is it cut off\?", caplog.text)
 
 
-def test_frames_of_a_matroska_file_that_begins_late_are_not_called_cut_off(tmp_path, caplog):
-    with av.open(str(tmp_path / "late.mkv"), "w") as container:
-        stream: Any = container.add_stream("ffv1", rate=24)
-        stream.width, stream.height, stream.pix_fmt = 16, 16, "bgr0"
-        for number in range(3):
-            frame = av.VideoFrame(16, 16, "bgr0")
-            frame.pts, frame.time_base = 24 * 60 + number, Fraction(1, 24)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+def test_frames_of_a_matroska_file_that_begins_late_are_not_called_cut_off(photo, tmp_path, caplog):
+    write_clip(tmp_path / "late.mkv", photo, 3, None, codec="ffv1", pixels="bgr0", start=24 * 60)
     with open_source(tmp_path / "late.mkv") as source:
         assert [float(frame.start * source.time_base) for frame in source.frames()] == [0, 0.042, 0.083]
     assert "cut off" not in caplog.text

@@ -5,17 +5,16 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from PIL import Image
 
 from lsast import PictureError, UsageError
-from lsast.cli.main import main
 from lsast.video.source import open_source
 from lsast.video.transcode import check_video, paint_video
 from lsast.video.writing import SegmentEncoder
@@ -44,13 +43,15 @@ def write_clip(
     display: tuple[int, bool, bool] = (0, False, False),
     aspect: Fraction = Fraction(1),
     size: tuple[int, int] = (96, 64),
+    start: int = 0,
 ) -> list[int]:
     """A clip of a picture that moves by two pixels a frame, in H.264 with irregular times; the times.
 
     `display`: degrees that it is turned to the left, and how it is mirrored then. With opacity, its left has none.
+    `start`: number of the first frame, of other codecs.
     """
     irregular = codec == "libx264"
-    times = [frame * 1001 + 100 * (frame % 3) for frame in range(frames)]
+    times = [frame * 1001 + 100 * (frame % 3) if irregular else start + frame for frame in range(frames)]
     unit = Fraction(1, 24000 if irregular else 24)
     with av.open(str(path), "w") as container:
         options = {"crf": "1"} if irregular else {}
@@ -70,7 +71,7 @@ def write_clip(
                 opaque = image.to_ndarray()
                 opaque[:, : size[0] // 2, 3] = 0
                 image = av.VideoFrame.from_ndarray(opaque, "rgba")
-            image.pts, image.time_base = pts if irregular else frame, unit
+            image.pts, image.time_base = pts, unit
             container.mux(stream.encode(image))
         container.mux(stream.encode(None))
         if tone is not None:
@@ -95,6 +96,17 @@ def read(path: Path) -> tuple[list[np.ndarray], list[Fraction], list[bytes]]:
     return frames, times, sound
 
 
+def stop_at(frame: int, frames: int = 4) -> Callable[[int, int | None], None]:
+    """An `on_frame` that interrupts the painting of a video of so many frames."""
+
+    def stop(done: int, total: int | None) -> None:
+        assert total == frames
+        if done == frame:
+            raise KeyboardInterrupt
+
+    return stop
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov", ".m4v"])
 def test_paint_video_paints_pictures_and_keeps_times_and_sound(stylizer, photo, tmp_path, suffix):
     source, out = tmp_path / "clip.mp4", tmp_path / f"out{suffix}"
@@ -117,18 +129,10 @@ def test_paint_video_after_a_stop_continues_to_the_same_video(stylizer, photo, t
     write_clip(source, photo, 2 * SEGMENT + 3)
     paint_video(source, whole, stylizer, QUICK)
 
-    def stop(done: int, total: int | None) -> None:
-        assert total == 2 * SEGMENT + 3
-        if done == SEGMENT + 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        paint_video(source, out, stylizer, QUICK, on_frame=stop)
-    assert not out.exists()
-    with pytest.raises(KeyboardInterrupt):  # other options: from the start
-        paint_video(source, out, stylizer, {**QUICK, "seed": 3}, on_frame=stop)
-    with pytest.raises(KeyboardInterrupt):
-        paint_video(source, out, stylizer, QUICK, on_frame=stop)
+    for options in (QUICK, {**QUICK, "seed": 3}, QUICK):  # other options: from the start
+        with pytest.raises(KeyboardInterrupt):
+            paint_video(source, out, stylizer, options, on_frame=stop_at(SEGMENT + 2, 2 * SEGMENT + 3))
+        assert not out.exists()
     assert paint_video(source, out, stylizer, QUICK)["resumed"] == SEGMENT
     assert out.read_bytes() == whole.read_bytes()
 
@@ -175,12 +179,15 @@ def test_check_video_with_invalid_arguments_raises_before_painting(photo, tmp_pa
         container.mux(tone.encode(None))
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "empty.mp4").touch()
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile clip.mp4\n")  # no file that a file names is read
     write_clip(tmp_path / "clip.mp4", photo, 2)
     before = os.listdir(tmp_path)
     for given, out, error, words in (
         ("clip.mkv", "out.mp4", PictureError, "no picture"),
-        ("broken.mp4", "out.mp4", PictureError, "cannot be read as a video"),
-        ("empty.mp4", "out.mp4", PictureError, "cannot be read as a video"),
+        *(
+            (f"{name}.mp4", "out.mp4", PictureError, "cannot be read as a video")
+            for name in ("broken", "empty", "list")
+        ),
         ("missing.mp4", "out.mp4", PictureError, "found no file"),
         ("clip.mp4", "out.png", UsageError, r"out\.png; expected a name that ends in \.apng, \.gif, \.m4v"),
         ("clip.mp4", "clip.mp4", UsageError, r"clip\.mp4 as both IN and OUT"),
@@ -201,40 +208,33 @@ def test_check_video_with_sound_that_the_format_cannot_hold_raises(stylizer, pho
     assert read(tmp_path / "out.mkv")[2] == read(source)[2] != []
 
 
-def _run(*arguments: str) -> Result:
-    options = [text for name, value in QUICK.items() for text in (f"--{name}", str(value))]
-    return CliRunner().invoke(main, [*arguments, *options])
-
-
-def test_lsast_run_paints_videos_beside_pictures(photo, bundle_path, tmp_path, monkeypatch):
-    monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
-    monkeypatch.chdir(tmp_path)
+def test_lsast_run_paints_videos_beside_pictures(run, photo, tmp_path):
+    options = [f"--{name}={value}" for name, value in QUICK.items()]
     write_clip(tmp_path / "clip.mp4", photo, 4)
-    result = _run("clip.mp4", "out.mkv", "--json")
+    result = run("clip.mp4", "out.mkv", "--json", *options)
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert (report["out"], report["frames"], report["resumed"], report["style"]) == ("out.mkv", 4, 0, "vangogh")
     assert len(read(tmp_path / "out.mkv")[0]) == 4
     (tmp_path / "broken.mov").write_bytes(b"no video")
-    result = _run("clip.mp4", "broken.mov", "out/")
+    result = run("clip.mp4", "broken.mov", "out/", *options)
     assert (result.exit_code, result.stdout) == (1, "out/clip.mp4\n")
     assert "painted 1, failed 1\n  - broken.mov cannot be read" in result.stderr
-    assert _run("clip.mp4", "out.png").exit_code == 2
+    assert run("clip.mp4", "out.png").exit_code == 2
 
 
-def test_lsast_run_of_a_video_after_a_kill_continues(photo, bundle_path, tmp_path):
+def test_lsast_run_of_a_video_after_a_kill_continues(folder, photo, tmp_path):
     write_clip(tmp_path / "clip.mp4", photo, 4 * SEGMENT)
     program = "from lsast.video import transcode; from lsast.cli.main import main; "
     program += f"transcode.SEGMENT = {SEGMENT}; main()"
     command = [sys.executable, "-c", program, "clip.mp4", "out.mp4", "--size", "64", "--steps", "20", "--json"]
-    environment = {**os.environ, "LSAST_BUNDLE": str(bundle_path)}
-    process = subprocess.Popen(command, env=environment, cwd=tmp_path)
+    process = subprocess.Popen(command)
     state = tmp_path / ".out.mp4.parts" / "state.npz"
     while not state.exists() and process.poll() is None:
         time.sleep(0.002)
     process.kill()  # SIGKILL where there are signals
     process.wait(60)
     assert not (tmp_path / "out.mp4").exists()
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, timeout=120, check=True)
     assert json.loads(done.stdout)["resumed"] in (SEGMENT, 2 * SEGMENT, 3 * SEGMENT)
     assert len(read(tmp_path / "out.mp4")[0]) == 4 * SEGMENT
