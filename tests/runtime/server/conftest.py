@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
-    from running_server import Running
+    from .running_server import Running
 
 
 @pytest.fixture(scope="module")
 def server(split_path: Path) -> Iterator[Running]:
-    from running_server import running  # skips without the extra [server]
+    from .running_server import running  # skips without the extra [server]
 
     with running(bundle=str(split_path), threads=1) as opened:
         yield opened
@@ -21,6 +21,6 @@ def server(split_path: Path) -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def png(photo: np.ndarray) -> bytes:
-    from running_server import as_png
+    from .running_server import as_png
 
     return as_png(photo)

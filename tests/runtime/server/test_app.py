@@ -19,7 +19,8 @@ from PIL import Image
 import lsast
 from hostile import png_file
 from lsast_engines.bundle.bundle import Bundle
-from running_server import LONG, QUICK, Running, as_png, httpx, pixels, running
+
+from .running_server import LONG, QUICK, Running, as_png, httpx, pixels, running
 
 
 @pytest.fixture(scope="module")

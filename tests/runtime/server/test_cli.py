@@ -16,7 +16,8 @@ import pytest
 from lsast.server.settings import Settings
 from lsast_engines.declared_options import rules_of
 from lsast_engines.errors import UsageError
-from running_server import LONG, httpx
+
+from .running_server import LONG, httpx
 
 COMMAND = [sys.executable, "-m", "lsast.server.cli"]
 

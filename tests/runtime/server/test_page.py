@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 import lsast
-from running_server import Running, running
+
+from .running_server import Running, running
 
 CHROMIUM = shutil.which("chromium")
 ARGUMENTS = [

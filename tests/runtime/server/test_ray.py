@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "fakes" / "ray_session.py"
+SCRIPT = Path(__file__).with_name("ray_session.py")
 
 
 @pytest.mark.slow
