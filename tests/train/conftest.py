@@ -19,7 +19,7 @@ from lsast_train.inversion import Inversion
 from lsast_train.options import TrainOptions
 from lsast_train.paintings import PaintingDataset
 from lsast_train.training.loop import TrainingLoop
-from lsast_train.training.run import InterruptionError, RunResult
+from lsast_train.training.run import InterruptionError, LossCurve, RunResult
 
 SIZE = 64
 
@@ -29,6 +29,12 @@ def _quiet_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Results must not depend on a GPU that happens to be there."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _curves_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matplotlib takes half a second at every evaluation; test_loop has it draw."""
+    monkeypatch.setattr(LossCurve, "_plot", lambda *_: b"")
 
 
 @pytest.fixture
@@ -135,13 +141,13 @@ def interrupt_at(after_step: Callable[[Callable[[int], Any]], None]) -> Callable
 
 
 @pytest.fixture
-def stop_and_resume(interrupt_at: Callable[[int], None]) -> Callable[[Callable[..., Any], int], RunResult]:
+def stop_and_resume(interrupt_at: Callable[[int], None]) -> Callable[..., RunResult]:
     """Has a run made, stopped after a step and resumed; returns its result, which is that of an uninterrupted one.
 
-    ``make(folder, resume=…)`` makes the run.
+    ``make(folder, resume=…)`` makes the run; with ``others``, options of another run, it is refused.
     """
 
-    def check(make: Callable[..., Any], step: int) -> RunResult:
+    def check(make: Callable[..., Any], step: int, **others: Any) -> RunResult:
         handler = signal.getsignal(signal.SIGINT)
         straight = make("straight").run()
         interrupt_at(step)
@@ -150,6 +156,11 @@ def stop_and_resume(interrupt_at: Callable[[int], None]) -> Callable[[Callable[.
         assert caught.value.exit_code == 130
         with pytest.raises(TrainingError, match="unfinished run"):
             make("parts")
+        for name, value in others.items():
+            with pytest.raises(
+                TrainingError, match=rf"(?s)another run.*{name}: found .* in the checkpoint, {value} now"
+            ):
+                make("parts", resume=True, **{name: value})
         resumed: RunResult = make("parts", resume=True).run()
         assert resumed.file.read_bytes() == straight.file.read_bytes()
         assert resumed.curve.read_text() == straight.curve.read_text()

@@ -12,7 +12,7 @@ import torch
 from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from lsast_engines.bundle.style import Style, StyleFile
 from lsast_engines.diffusion import SOLVERS, NoiseSchedule, TimestepSchedule
-from lsast_engines.errors import StyleError, TrainingError, UsageError
+from lsast_engines.errors import StyleError, UsageError
 from lsast_train.base.attention import packed_kv, project_contexts
 from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import save_base
@@ -21,7 +21,6 @@ from lsast_train.distillation.student import null_rows, read_style
 from lsast_train.distillation.teacher import Teacher, jitter_timesteps, read_contents
 from lsast_train.options import DistillOptions, Solver
 from lsast_train.prompts.prompt_file import Prompts, save_prompts
-from lsast_train.training.run import InterruptionError
 
 from ..conftest import weights
 
@@ -58,7 +57,6 @@ def test_distillation_brings_one_pass_nearer_to_two(base, source, collection, tm
     assert np.sqrt(squares[0] / squares[1]).mean() == pytest.approx(outcome.relative_loss, abs=0.01)
     evaluations = json.loads(outcome.curve.read_text())["evaluations"]
     assert evaluations[0]["relative_held_out"] == 1.0
-    assert outcome.curve.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_distillation_on_a_linear_base_finds_guidance_exactly(base, source, collection, tmp_path, monkeypatch):
@@ -93,15 +91,12 @@ def test_resumed_distillation_equals_the_uninterrupted_one(source, collection, t
     # Few stages, so that the steps after the resume come back to some: each has its own moments in the optimizer.
     options = replace(BRIEF, steps=6, evaluate_every=3, pictures=2, noised=0, teacher_steps=2, strength=0.3)
 
-    def make(folder: str, options: DistillOptions = options, **how: Any) -> Distillation:
+    def make(folder: str, resume: bool = False, **changes: Any) -> Distillation:
         base = build_mini(MiniConfig.tiny())
-        return Distillation(base, source, collection, options, "hand-g4", tmp_path / folder, **how)
+        chosen = replace(options, **changes)
+        return Distillation(base, source, collection, chosen, "hand-g4", tmp_path / folder, resume)
 
-    stop_and_resume(make, 4)
-    with pytest.raises(InterruptionError):  # at step 4 again
-        make("other").run()
-    with pytest.raises(TrainingError, match=r"another run(.|\n)*guidance: found 4.0 in the checkpoint, 5.0 now"):
-        make("other", replace(options, guidance=5.0), resume=True)
+    stop_and_resume(make, 4, guidance=5.0)
 
 
 def test_invalid_options_are_all_reported(base, source, collection, tmp_path):
@@ -118,7 +113,7 @@ def test_distill_command_prints_the_style_file(base, source, paintings, tmp_path
     replace(source, base=save_base(base, tmp_path / "base")).save(tmp_path / "hand.safetensors")
     # The command's and an option's old names work, too.
     arguments = ["distil", "--style", tmp_path / "hand.safetensors", "--images", paintings, "--base", tmp_path / "base",
-                 "--guidance", "3", "--size", "64", "--pictures", "2", "--noised", "0", "--teacher-steps", "10",
+                 "--guidance", "3", "--size", "64", "--pictures", "2", "--noised", "0", "--teacher-steps", "4",
                  "--steps", "4", "--batch", "2", "--precision", "fp32", "--json"]  # fmt: skip
     code, out, err = command(*arguments)
     assert code == 0, err

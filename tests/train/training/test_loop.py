@@ -15,6 +15,11 @@ from lsast_train.training.rng import RngStream, rng_for
 from lsast_train.training.run import LossCurve
 
 
+@pytest.fixture
+def _curves_not_drawn() -> None:
+    """They are drawn here."""
+
+
 class _Counter:
     """A run that adds the step's number to a weight."""
 
