@@ -68,12 +68,10 @@ def test_placeholder_encoder_leaves_the_encoder_unchanged():
     assert copy.deepcopy([path])[0] is path
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 23), (1, 76, 24), (1, 0, 24)])
-def test_embeddings_that_fit_no_caption_raise(shape):
-    with pytest.raises(UsageError, match=r"expected 1 to 75 tokens of 24 channels"):
-        PlaceholderEncoder(_encoder()).contexts(torch.zeros(shape))
-
-
-def test_token_embedding_outside_the_vocabulary_raises():
+def test_embeddings_and_tokens_that_do_not_fit_raise():
+    encoder = PlaceholderEncoder(_encoder())
+    for shape in ((1, 1, 23), (1, 76, 24), (1, 0, 24)):
+        with pytest.raises(UsageError, match=r"expected 1 to 75 tokens of 24 channels"):
+            encoder.contexts(torch.zeros(shape))
     with pytest.raises(UsageError, match="found a text encoder of 1000 tokens"):
-        PlaceholderEncoder(_encoder()).token_embedding(998)
+        encoder.token_embedding(998)
