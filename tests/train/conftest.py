@@ -43,17 +43,22 @@ def base() -> Base:
     return build_mini(MiniConfig.tiny())
 
 
-@pytest.fixture
-def text_base() -> Base:
-    """The same networks as a base with a text encoder: predicts the noise, contexts of 77 tokens, no style encoder."""
+def tiny_clip(vocabulary: int, **ids: int) -> CLIPTextModel:
+    """A text encoder of 24 channels with random weights."""
     torch.manual_seed(1)
     config = CLIPTextConfig(
-        vocab_size=400, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        bos_token_id=398, eos_token_id=399,
-    )  # fmt: skip
+        vocab_size=vocabulary, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, **ids
+    )
     encoder = CLIPTextModel(config).eval().requires_grad_(False)
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    return encoder
+
+
+@pytest.fixture
+def text_base() -> Base:
+    """The same networks as a base with a text encoder: predicts the noise, contexts of 77 tokens, no style encoder."""
+    encoder = tiny_clip(400, bos_token_id=398, eos_token_id=399)
     base = build_mini(MiniConfig.tiny())
     base.config = replace(base.config, name="tiny-sd", family="sd15", prediction="epsilon", tokens=77)
     base.text_encoder, base.style_encoder = encoder, None

@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
@@ -27,8 +26,6 @@ from lsast_train.training.run import InterruptionError
 from schedulers import ddpm
 
 from .conftest import weights
-
-Invert = Callable[..., Inversion]
 
 
 @pytest.mark.parametrize(

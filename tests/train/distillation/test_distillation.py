@@ -140,18 +140,6 @@ def source(base: Base, prompts: torch.Tensor) -> Style:
     return Style("hand", base.fingerprint, 10, base.config.tokens, kv_unet, kv_control)
 
 
-def _guided(base: Base, prompts: torch.Tensor, latent: torch.Tensor, t: int, edges: torch.Tensor, g: float) -> Any:
-    """ε of two whole passes with contexts, the residuals those of the style; and that of the style alone."""
-    contexts = prompts[t // 100].expand(len(latent), -1, -1, -1)
-    null = base.null_context.expand_as(contexts)
-    time = torch.full((len(latent),), t)
-    with torch.no_grad():
-        plain = base.eps(latent, time, contexts, edges)
-        return base.eps(latent, time, null, residuals=base.control(latent, time, contexts, edges)) * (
-            1 - g
-        ) + g * plain, plain
-
-
 def test_teacher_targets_are_the_guided_noise_of_two_passes(base, source, prompts, collection):
     options = DistillOptions(guidance=4.0, teacher_steps=4, size=64)
     content = read_contents(base, collection.training, 4, 64, 0, 0)
@@ -159,9 +147,14 @@ def test_teacher_targets_are_the_guided_noise_of_two_passes(base, source, prompt
     assert sorted(set(samples.stage.tolist())) == list(range(10))
     assert torch.equal(samples.stage, samples.timestep // 100)
     for index in range(0, len(samples.stage), 5):
-        row, edges = slice(index, index + 1), content.edges[samples.picture[index : index + 1]]
-        guided, plain = _guided(base, prompts, samples.latent[row], int(samples.timestep[index]), edges, 4.0)
-        torch.testing.assert_close(samples.target[row], guided, rtol=1e-3, atol=1e-4)
+        row = slice(index, index + 1)
+        latent, time, edges = samples.latent[row], samples.timestep[row], content.edges[samples.picture[row]]
+        contexts = prompts[time // 100]
+        with torch.no_grad():
+            residuals = base.control(latent, time, contexts, edges)  # of the style in both passes
+            plain = base.eps(latent, time, contexts, edges)
+            null = base.eps(latent, time, base.null_context.expand_as(contexts), residuals=residuals)
+        torch.testing.assert_close(samples.target[row], null + 4 * (plain - null), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(samples.unguided[row], plain, rtol=1e-3, atol=1e-4)
 
 

@@ -3,17 +3,16 @@ import pytest
 from PIL import Image
 
 from lsast_train.base.base import Base
-from lsast_train.finetuning import finetuning, style_loss
+from lsast_train.finetuning import style_loss
 from lsast_train.paintings import PaintingDataset, latent_statistics
 from lsast_train.prompts.prompt_file import Prompts
 from lsast_train.prompts.prompt_space import PromptSpace
 
 
 @pytest.fixture(autouse=True)
-def _few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight crops stand for all works of the artist instead of 160, and an evaluation paints 4 pictures."""
+def _few_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight crops stand for all works of the artist instead of 160, which every run describes first."""
     monkeypatch.setattr(style_loss, "WORKS", 8)
-    monkeypatch.setattr(finetuning, "HELD_OUT", 4)
 
 
 @pytest.fixture(scope="module")

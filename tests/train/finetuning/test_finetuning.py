@@ -10,6 +10,7 @@ from lsast.sampling.batch import Palette
 from lsast_engines.bundle.style import decode_defaults
 from lsast_engines.diffusion import TimestepSchedule
 from lsast_train.base.base import Base
+from lsast_train.finetuning import finetuning
 from lsast_train.finetuning.finetuning import Finetuning
 from lsast_train.finetuning.painter import Painter, random_pictures
 from lsast_train.options import FinetuneOptions
@@ -20,8 +21,8 @@ from ..conftest import weights
 
 pytest.importorskip("efficientnet_lite_pytorch")
 
-BRIEF = FinetuneOptions(steps=4, batch=2, lr=0.3, size=64, strength=0.6, guidance=2.0, mixed_precision="no",
-                        evaluate_every=2, content_weight=1.0)  # fmt: skip
+BRIEF = FinetuneOptions(steps=6, batch=2, lr=0.3, size=64, strength=0.6, guidance=2.0, mixed_precision="no",
+                        evaluate_every=3, content_weight=1.0)  # fmt: skip
 
 
 @pytest.fixture
@@ -33,7 +34,9 @@ def test_finetuning_lowers_the_held_out_loss_and_leaves_the_base_unchanged(
     base, collection, contents, prompts, tmp_path
 ):
     before = weights(base)
-    result = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path).run()
+    run = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path)
+    assert (run.painter.strength, run.painter.guidance, run.painter.share) == (0.6, 2.0, 0.8)
+    result = run.run()
     assert result.relative_loss < 0.99
     assert all(torch.equal(value, before[key]) for key, value in weights(base).items())
     tuned = load_prompts(result.file, base)
@@ -45,14 +48,15 @@ def test_finetuning_lowers_the_held_out_loss_and_leaves_the_base_unchanged(
     assert moved.any()
     assert not moved[7:].any()
     history = json.loads(result.curve.read_text())["history"]
-    assert [row["step"] for row in history] == [0, 2, 4]
+    assert [row["step"] for row in history] == [0, 3, 6]
     assert history[-1]["held_out"] == pytest.approx(result.relative_loss * history[0]["held_out"])
 
 
 def test_resumed_finetuning_equals_the_uninterrupted_one(
-    base, collection, contents, prompts, tmp_path, stop_and_resume
+    base, collection, contents, prompts, tmp_path, stop_and_resume, monkeypatch
 ):
-    options = replace(BRIEF, strength=0.2)
+    monkeypatch.setattr(finetuning, "HELD_OUT", 2)
+    options = replace(BRIEF, steps=4, evaluate_every=2, strength=0.2)
 
     def make(name: str, **more: Any) -> Finetuning:
         return Finetuning(base, prompts, collection, contents, options, "redder", tmp_path / name, **more)

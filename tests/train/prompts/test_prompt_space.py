@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from lsast_engines.errors import UsageError
 from lsast_train.options import PRESETS, TrainOptions, Variant
 from lsast_train.prompts.matrix_index import matrix_index
@@ -118,8 +117,7 @@ def test_initial_context_of_zeros_has_a_finite_gradient():
     assert space.matrices.grad[0].abs().max() > 0
 
 
-def test_initial_context_is_the_mean_of_style_tokens_or_the_null_context():
-    base = build_mini(MiniConfig.tiny())
+def test_initial_context_is_the_mean_of_style_tokens_or_the_null_context(base):
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     each = torch.stack([base.style_encoder(latent[None])[0] for latent in latents])
     torch.testing.assert_close(initial_context(base, lambda: latents), each.mean(0))

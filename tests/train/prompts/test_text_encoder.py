@@ -1,29 +1,22 @@
 """Contexts of a placeholder's embedding against transformers itself with that row of its token embedding replaced."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
 from lsast_engines.errors import UsageError
 from lsast_train.prompts.text_encoder import PlaceholderEncoder
 
+from ..conftest import tiny_clip
+
 BOS, EOS, STAR = 998, 999, 265
 
 
-def _encoder(**changes: Any) -> CLIPTextModel:
-    """CLIP in miniature, random; the special ids are wrong, as in the configuration of Stable Diffusion 1.5."""
-    torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=1000, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-        bos_token_id=0, eos_token_id=2, **changes,
-    )  # fmt: skip
-    encoder = CLIPTextModel(config).eval().requires_grad_(False)
-    for parameter in encoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    return encoder
+def _encoder() -> CLIPTextModel:
+    """The special ids of its configuration are wrong, as in that of Stable Diffusion 1.5."""
+    return tiny_clip(1000, bos_token_id=0, eos_token_id=2)
 
 
 def _by_transformers(encoder: CLIPTextModel, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

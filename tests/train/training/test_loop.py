@@ -104,9 +104,8 @@ def test_save_writes_json_and_picture(tmp_path):
     document = json.loads(path.read_text())
     assert (document["format"], document["name"], document["best_step"]) == (1, "red", 20)
     assert [row["step"] for row in document["evaluations"]] == [0, 20, 40, 60]
-    for part, expected in (("held_out", [1, 0.8, 0.866667, 0.8]), ("training", [1, 0.733333, 0.5, 0.733333])):
-        found = [row[f"relative_{part}"] for row in document["evaluations"]]
-        assert found == pytest.approx(expected, rel=1e-5)
+    for part, expected in (("held_out", [1, 0.8, 2.6 / 3, 0.8]), ("training", [1, 2.2 / 3, 0.5, 2.2 / 3])):
+        assert [row[f"relative_{part}"] for row in document["evaluations"]] == pytest.approx(expected)
     assert sorted(file.name for file in path.parent.iterdir()) == ["red.curve.json", "red.curve.png"]
     with Image.open(path.with_suffix(".png")) as picture:
         picture.load()
