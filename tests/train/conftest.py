@@ -19,7 +19,7 @@ from lsast_train.inversion import Inversion
 from lsast_train.options import TrainOptions
 from lsast_train.paintings import PaintingDataset
 from lsast_train.training.loop import TrainingLoop
-from lsast_train.training.run import InterruptionError, RunResult
+from lsast_train.training.run import InterruptionError, LossCurve, RunResult
 
 SIZE = 64
 
@@ -31,23 +31,34 @@ def _quiet_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def _curves_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matplotlib takes half a second at every evaluation; test_loop has it draw."""
+    monkeypatch.setattr(LossCurve, "_plot", lambda *_: b"")
+
+
 @pytest.fixture
 def base() -> Base:
     """A base of a few ten thousand random weights: 4 tokens of 24 channels, v-prediction."""
     return build_mini(MiniConfig.tiny())
 
 
-@pytest.fixture
-def text_base() -> Base:
-    """The same networks as a base with a text encoder: predicts the noise, contexts of 77 tokens, no style encoder."""
+def tiny_clip(vocabulary: int, **ids: int) -> CLIPTextModel:
+    """A text encoder of 24 channels with random weights."""
     torch.manual_seed(1)
     config = CLIPTextConfig(
-        vocab_size=400, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        bos_token_id=398, eos_token_id=399,
-    )  # fmt: skip
+        vocab_size=vocabulary, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, **ids
+    )
     encoder = CLIPTextModel(config).eval().requires_grad_(False)
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    return encoder
+
+
+@pytest.fixture
+def text_base() -> Base:
+    """The same networks as a base with a text encoder: predicts the noise, contexts of 77 tokens, no style encoder."""
+    encoder = tiny_clip(400, bos_token_id=398, eos_token_id=399)
     base = build_mini(MiniConfig.tiny())
     base.config = replace(base.config, name="tiny-sd", family="sd15", prediction="epsilon", tokens=77)
     base.text_encoder, base.style_encoder = encoder, None
@@ -135,13 +146,13 @@ def interrupt_at(after_step: Callable[[Callable[[int], Any]], None]) -> Callable
 
 
 @pytest.fixture
-def stop_and_resume(interrupt_at: Callable[[int], None]) -> Callable[[Callable[..., Any], int], RunResult]:
+def stop_and_resume(interrupt_at: Callable[[int], None]) -> Callable[..., RunResult]:
     """Has a run made, stopped after a step and resumed; returns its result, which is that of an uninterrupted one.
 
-    ``make(folder, resume=…)`` makes the run.
+    ``make(folder, resume=…)`` makes the run; with ``others``, options of another run, it is refused.
     """
 
-    def check(make: Callable[..., Any], step: int) -> RunResult:
+    def check(make: Callable[..., Any], step: int, **others: Any) -> RunResult:
         handler = signal.getsignal(signal.SIGINT)
         straight = make("straight").run()
         interrupt_at(step)
@@ -150,6 +161,11 @@ def stop_and_resume(interrupt_at: Callable[[int], None]) -> Callable[[Callable[.
         assert caught.value.exit_code == 130
         with pytest.raises(TrainingError, match="unfinished run"):
             make("parts")
+        for name, value in others.items():
+            with pytest.raises(
+                TrainingError, match=rf"(?s)another run.*{name}: found .* in the checkpoint, {value} now"
+            ):
+                make("parts", resume=True, **{name: value})
         resumed: RunResult = make("parts", resume=True).run()
         assert resumed.file.read_bytes() == straight.file.read_bytes()
         assert resumed.curve.read_text() == straight.curve.read_text()

@@ -25,36 +25,31 @@ def _stub_base(eps: Callable[..., torch.Tensor]) -> Any:
     return SimpleNamespace(eps=eps, add_noise=ddpm().add_noise, config=config)
 
 
-def test_validation_loss_of_a_perfect_base_is_zero_and_of_zeros_is_one():
-    alphas = ddpm().alphas_cumprod
-    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).expand(5, -1, -1, -1)
-
-    def perfect(noisy: torch.Tensor, time: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        abar = alphas[time].view(-1, 1, 1, 1)
-        return (noisy - abar.sqrt() * latents[:1]) / (1 - abar).sqrt()
-
-    space = PromptSpace(torch.randn(4, 8))
-    found = ValidationSet(_stub_base(perfect), latents, 0, "no").losses(space, range(10))
-    assert found.max() < 1e-6
+def test_validation_loss_of_zeros_is_one_in_the_stages_asked_for():
+    latents = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     blind = ValidationSet(_stub_base(lambda noisy, *_: torch.zeros_like(noisy)), latents, 0, "no")
+    space = PromptSpace(torch.randn(4, 8))
     found = blind.losses(space, [2, 7])
     assert found.nonzero().flatten().tolist() == [2, 7]
     assert found[[2, 7]].numpy() == pytest.approx(1.0, abs=0.05)
     assert torch.equal(blind.losses(space, []), torch.zeros(10, dtype=torch.float64))
 
 
-def test_validation_loss_of_a_stage_is_the_mean_of_its_rows():
-    """A base that is off by its timestep / 100 everywhere."""
-    alphas = ddpm().alphas_cumprod
-    latents = torch.zeros(3, 4, 8, 8)
+@pytest.mark.parametrize("shift", [0, 0.01])
+def test_validation_loss_of_a_stage_is_the_mean_of_its_rows(shift):
+    """A base that knows the latents and is off by `shift` times its timestep everywhere."""
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def off(noisy: torch.Tensor, time: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        return noisy / (1 - alphas[time]).sqrt().view(-1, 1, 1, 1) + time.view(-1, 1, 1, 1) / 100
+        abar = ddpm().alphas_cumprod[time].view(-1, 1, 1, 1)
+        return (noisy - abar.sqrt() * latents) / (1 - abar).sqrt() + shift * time.view(-1, 1, 1, 1)
 
-    found = ValidationSet(_stub_base(off), latents, 0, "no").losses(PromptSpace(torch.randn(4, 8)), range(10))
+    probe = ValidationSet(_stub_base(off), latents.expand(3, -1, -1, -1), 0, "no")
+    found = probe.losses(PromptSpace(torch.randn(4, 8)), range(10))
     # Three latents, so the middles of the thirds of each stage: 16, 50, 83, then 116, 150 …
-    expected = [sum((stage + part) ** 2 for part in (0.16, 0.5, 0.83)) / 3 for stage in range(10)]
-    assert found.numpy() == pytest.approx(expected, rel=1e-4)
+    times = [[100 * stage + middle for middle in (16, 50, 83)] for stage in range(10)]
+    expected = [sum((shift * time) ** 2 for time in rows) / 3 for rows in times]
+    assert found.numpy() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_validation_noise_is_the_same_every_time_and_another_for_every_row():

@@ -1,10 +1,10 @@
 """Inversion: what it learns, how it is stopped and goes on, what saves memory and time."""
 
 import copy
+import itertools
 import json
 import logging
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
@@ -27,18 +27,13 @@ from schedulers import ddpm
 
 from .conftest import weights
 
-Invert = Callable[..., Inversion]
-
 
 @pytest.mark.parametrize(
     "kind",
     [
         {"variant": "step+layer"},
         {"variant": "step+layer", "generator": "direct"},
-        {"variant": "step+layer", "layout": "overlap", "gradient": "decoder"},
         {"variant": "step+layer", "layout": "overlap", "gradient": "decoder", "generator": "geglu", "lr": 0.01},
-        {"variant": "step"},
-        {"variant": "layer"},
         {"variant": "global"},
     ],
     ids=lambda kind: " ".join(map(str, kind.values())),
@@ -115,35 +110,28 @@ def test_loss_with_weighting_v_is_the_error_of_v(base, invert, monkeypatch, seed
     torch.testing.assert_close(loss, error * min(1, limit), rtol=1e-4, atol=1e-6)
 
 
-def test_inversion_keeps_the_prompts_of_the_best_evaluation(base, invert, monkeypatch, after_step):
-    # Means over stages would prefer step 4 (5.0 < 5.1); relative to the untrained, step 2 is better.
-    scripted = [[8.0] + [0.1] * 9, [8.0] + [0.05] * 9, [5.0] + [0.1] * 9]
-    calls: list[None] = []
-
-    def losses(*_: Any) -> torch.Tensor:
-        calls.append(None)
-        return torch.tensor(scripted[(len(calls) - 1) // 2], dtype=torch.float64)
-
-    monkeypatch.setattr(ValidationSet, "losses", losses)
-    seen: dict[int, torch.Tensor] = {}
+@pytest.mark.parametrize(
+    ("held_out", "training", "best", "relative"),
+    [
+        # Means over stages would prefer step 4 (5.0 < 5.1); relative to the untrained, step 2 is better.
+        ([[8.0] + [0.1] * 9, [8.0] + [0.05] * 9, [5.0] + [0.1] * 9], [1, 1, 1], 2, (1 + 9 * 0.5) / 10),
+        ([[0.3] * 10, [0.4] * 10, [0.5] * 10], [0.3, 0.2, 0.1], 0, 1.0),
+    ],
+    ids=["unequal stages", "over-fitting"],
+)
+def test_inversion_keeps_the_prompts_of_the_best_evaluation(
+    base, invert, monkeypatch, after_step, caplog, held_out, training, best, relative
+):
+    each = itertools.chain(*zip(held_out, [[loss] * 10 for loss in training], strict=True))
+    monkeypatch.setattr(ValidationSet, "losses", lambda *_: torch.tensor(next(each), dtype=torch.float64))
     run = invert(base, steps=4, evaluate_every=2)
+    seen = {0: run.space.prompts().detach().clone()}
     after_step(lambda step: seen.update({step: run.space.prompts().detach().clone()}))
-    outcome = run.run()
-    assert outcome.best_step == 2
-    assert outcome.relative_loss == pytest.approx((1 + 9 * 0.5) / 10)
-    assert torch.equal(load_prompts(outcome.file).prompts, seen[2])
-
-
-def test_inversion_that_overfits_at_once_warns_and_keeps_the_untrained_prompts(base, invert, caplog, monkeypatch):
-    losses = iter([0.3, 0.3, 0.4, 0.2])  # held-out and training, untrained and trained: this run over-fits
-    monkeypatch.setattr(ValidationSet, "losses", lambda *_: torch.full((10,), next(losses), dtype=torch.float64))
-    run = invert(base)
-    untrained = run.space.prompts().detach().clone()
     with caplog.at_level(logging.WARNING, "lsast"):
         outcome = run.run()
-    assert (outcome.best_step, outcome.relative_loss) == (0, 1.0)
-    assert torch.equal(load_prompts(outcome.file).prompts, untrained)
-    assert "no step lowered the held-out loss" in caplog.text
+    assert (outcome.best_step, outcome.relative_loss) == (best, pytest.approx(relative))
+    assert torch.equal(load_prompts(outcome.file).prompts, seen[best])
+    assert ("no step lowered the held-out loss" in caplog.text) == (best == 0)
 
 
 def test_inversion_with_a_nan_loss_raises(base, invert):

@@ -12,6 +12,7 @@ def test_paper_preset_has_the_papers_values():
     paper = PRESETS["paper"]
     assert (paper.steps, paper.batch, paper.size, paper.lr, paper.weight_decay) == (100_000, 1, 512, 5e-6, 0.01)
     assert (paper.variant, paper.generator, paper.weighting) == ("step+layer", "attention", "eps")
+    assert (paper.prompt, paper.map_lr) == ("auto", 1.0)
     rates = [paper.learning_rate(step) for step in (0, 19_999, 20_000, 99_999)]
     assert rates == pytest.approx([5e-6, 5e-6, 5e-7, 5e-7])
 

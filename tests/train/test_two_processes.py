@@ -25,7 +25,7 @@ def test_two_processes_average_their_gradients_and_write_once(base, paintings, t
     save_base(base, tmp_path / "base")
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = ["--style", "red", "--images", str(paintings), "--base", str(tmp_path / "base"), "--preset", "quick"]
+    command = ["--style", "red", "--images", str(paintings), "--base", str(tmp_path / "base")]
     command += ["--steps", str(STEPS), "--batch", "2", "--size", "64", "--mixed-precision", "no"]
     completed = subprocess.run(
         [sys.executable, *launch, str(HERE / "launched.py"), str(tmp_path), *command],

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,11 +39,18 @@ def published(compvis_base: Any) -> SimpleNamespace:
     )
 
 
-@pytest.fixture
-def folder(compvis_base: Any, tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def saved(compvis_base: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base ``tiny-v1-5`` as diffusers and transformers write it; its ControlNet is ``canny`` beside it."""
-    root = tmp_path / "tiny-v1-5"
+    root = tmp_path_factory.mktemp("saved")
     for name, part in (("unet", "ema"), ("vae", "autoencoder"), ("text_encoder", "text_encoder")):
-        compvis_base.networks[part].save_pretrained(root / name)
-    compvis_base.networks["controlnet"].save_pretrained(tmp_path / "canny")
+        compvis_base.networks[part].save_pretrained(root / "tiny-v1-5" / name)
+    compvis_base.networks["controlnet"].save_pretrained(root / "canny")
     return root
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """The base of `saved`, to be changed."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "tiny-v1-5"

@@ -86,25 +86,23 @@ def test_diffusers_folder_gives_ema_and_non_ema_weights(published, folder, tmp_p
 
 
 def test_diffusers_folder_schedule_is_read_and_others_are_refused(published, folder, tmp_path):
+    source = BaseSource(folder, tmp_path / "canny")
     schedule = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
     (folder / "scheduler").mkdir()
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**schedule, "prediction_type": "v_prediction", "_class_name": None}))
-    facts = open_base(BaseSource(folder, tmp_path / "canny")).config
+    facts = open_base(source).config
     assert (facts.noise.beta_schedule, facts.noise.beta_end, facts.prediction) == ("linear", 0.02, "v_prediction")
-    file.write_text(json.dumps({**schedule, "prediction_type": "sample"}))
-    with pytest.raises(TrainingError, match="scheduler: found prediction 'sample'"):
-        open_base(BaseSource(folder, tmp_path / "canny"))
-    file.write_text(json.dumps({**schedule, "rescale_betas_zero_snr": True}))
-    with pytest.raises(TrainingError, match="rescale_betas_zero_snr; expected betas of a named schedule"):
-        open_base(BaseSource(folder, tmp_path / "canny"))
-    file.write_text(json.dumps({"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}))
-    with pytest.raises(TrainingError, match=r"scheduler: .*beta_start"):
-        open_base(BaseSource(folder, tmp_path / "canny"))
-    for other in ("FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"):
-        file.write_text(json.dumps({"_class_name": other, "num_train_timesteps": 1000}))
-        with pytest.raises(TrainingError, match=f"scheduler: found {other}"):
-            open_base(BaseSource(folder, tmp_path / "canny"))
+    for content, message in (
+        ({**schedule, "prediction_type": "sample"}, "scheduler: found prediction 'sample'"),
+        ({**schedule, "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr; expected betas of a named schedule"),
+        ({"_class_name": "DDIMScheduler"}, r"scheduler: .*beta_start"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "scheduler: found FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": "EDMEulerScheduler"}, "scheduler: found EDMEulerScheduler"),
+    ):
+        file.write_text(json.dumps({"num_train_timesteps": 1000, **content}))
+        with pytest.raises(TrainingError, match=message):
+            open_base(source)
 
 
 def test_diffusers_folder_with_missing_parts_reports_all(published, folder, tmp_path):

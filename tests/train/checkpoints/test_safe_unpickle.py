@@ -162,7 +162,7 @@ def test_shared_tuples_are_refused_before_anyone_walks_them(tmp_path, loader, da
         loader(_archive(tmp_path / "bomb.pt", data, **{"data/0": bytes(8)}))
 
 
-def test_shared_and_deep_containers_are_refused(tmp_path):
+def test_load_module_tensors_refuses_shared_and_deep_containers_and_lists(tmp_path):
     shared = b"\x80\x02}" + _text("w") + _tensor() + b"sq\x00"
     for level in range(1, 45):
         shared += b"}q" + bytes([level])
@@ -173,6 +173,7 @@ def test_shared_and_deep_containers_are_refused(tmp_path):
         "twice": (shared + b".", "the same container twice"),
         "itself": (b"\x80\x02}q\x00" + _text("a") + b"h\x00s.", "the same container twice"),
         "deep": (deep, "RecursionError"),
+        "list": (pickle.dumps([1, 2], 2), "holds no tensors"),
     }
     for name, (data, message) in cases.items():
         with pytest.raises(TrainingError, match=message):
@@ -233,8 +234,3 @@ def test_damaged_and_odd_archives_are_refused(tmp_path, loader):
         loader(tmp_path / "half.pt")
     with pytest.raises(TrainingError, match="found no file"):
         loader(tmp_path / "none.pt")
-
-
-def test_files_without_modules_are_refused(tmp_path):
-    with pytest.raises(TrainingError, match="holds no tensors"):
-        load_module_tensors(_archive(tmp_path / "list.pt", pickle.dumps([1, 2], 2)))

@@ -37,7 +37,6 @@ def test_single_file_gives_the_networks_it_was_written_from(published):
 @pytest.mark.parametrize(
     ("wanted", "stored", "taken", "fact"),
     [
-        ("auto", "both", "ema", "ema"),
         ("ema", "both", "ema", "ema"),
         ("non-ema", "both", "unet", "non-ema"),
         ("auto", "one", "unet", "the only ones there"),

@@ -8,8 +8,6 @@ from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base, save_base
 from lsast_train.prompts.prompt_file import load_prompts
 
-BRIEF = ["--steps", "2", "--batch", "2", "--size", "64", "--mixed-precision", "no"]
-
 
 @pytest.fixture
 def base_folder(base: Base, tmp_path: Path) -> Path:
@@ -22,35 +20,6 @@ def _errors(err: str) -> list[str]:
     lines = err.replace("\r", "\n").splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("Error: "))
     return lines[start:]
-
-
-def test_train_command_prints_the_prompt_file(command, base_folder, paintings, tmp_path):
-    code, out, err = command("--style", "red", "--images", paintings, "--base", base_folder, "--licence", "CC0", *BRIEF)
-    assert code == 0, err
-    assert out == f"{Path('runs', 'red', 'red.prompts.safetensors')}\n"
-    assert "kept step 2" in err
-    assert "loss=" in err
-    prompts = load_prompts(tmp_path / out.strip(), load_base(base_folder))
-    assert prompts.name == "red"
-    assert (prompts.meta["licence"], prompts.meta["works"]) == ("CC0", "10")
-    knobs = json.loads(prompts.meta["options"])
-    assert (knobs["steps"], knobs["schedule"]) == (2, "cosine")
-    assert sorted(path.name for path in (tmp_path / "runs" / "red").iterdir()) == [
-        "red.curve.json",
-        "red.curve.png",
-        "red.prompts.safetensors",
-    ]
-
-
-def test_train_command_with_json_prints_the_result(command, base_folder, paintings, tmp_path):
-    arguments = ["--images", paintings, "--base", base_folder, "--out", tmp_path / "there", "--json", *BRIEF]
-    code, out, _ = command("--style", "red", *arguments, "--variant", "layer", "--preset", "paper")
-    assert code == 0
-    result = json.loads(out)
-    assert set(result) == {"file", "curve", "steps", "best_step", "relative_loss", "seconds"}
-    assert result["steps"] == 2
-    assert load_prompts(Path(result["file"])).variant == "layer"
-    assert Path(result["curve"]).parent == tmp_path / "there"
 
 
 @pytest.mark.parametrize(
@@ -86,20 +55,34 @@ def test_train_command_that_fails_prints_one_line_and_exits_with_1(command, base
     assert _errors(err) == [f"Error: found no folder {tmp_path / 'nowhere'}; expected a folder of pictures"]
 
 
-def test_interrupt_in_training_leaves_a_checkpoint_to_resume(command, base_folder, paintings, tmp_path, interrupt_at):
+def test_interrupted_training_goes_on_with_resume_and_prints_its_result(
+    command, base_folder, paintings, tmp_path, interrupt_at
+):
     interrupt_at(1)
+    folder = tmp_path / "there"
     arguments = ["--style", "red", "--images", paintings, "--base", base_folder, "--batch", "2", "--size", "64"]
+    arguments += ["--variant", "layer", "--preset", "paper", "--licence", "CC0", "--out", folder, "--json"]
     code, out, err = command(*arguments, "--steps", "3")
     assert (code, out) == (130, "")
     (line,) = _errors(err)
     assert "go on with --resume" in line
-    assert [path.name for path in (tmp_path / "runs" / "red").iterdir()] == ["red.checkpoint.safetensors"]
+    assert [path.name for path in folder.iterdir()] == ["red.checkpoint.safetensors"]
     code, _, err = command(*arguments, "--steps", "4", "--resume")
     assert code == 1
     assert "steps: found 3 in the checkpoint, 4 now" in err
     code, out, err = command(*arguments, "--steps", "3", "--resume")
     assert code == 0, err
-    assert "goes on after step 1 of 3" in err
+    assert all(part in err for part in ("goes on after step 1 of 3", "loss=", "kept step 3"))
+    result = json.loads(out)
+    assert set(result) == {"file", "curve", "steps", "best_step", "relative_loss", "seconds"}
+    assert result["steps"] == 3
+    files = [Path(result["curve"]), folder / "red.curve.png", Path(result["file"])]
+    assert sorted(folder.iterdir()) == files
+    prompts = load_prompts(files[2], load_base(base_folder))
+    assert (prompts.name, prompts.variant) == ("red", "layer")
+    assert (prompts.meta["licence"], prompts.meta["works"]) == ("CC0", "10")
+    knobs = json.loads(prompts.meta["options"])
+    assert (knobs["steps"], knobs["schedule"]) == (3, "step")
 
 
 def test_training_without_the_extra_names_it(command, monkeypatch):

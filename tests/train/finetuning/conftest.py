@@ -1,15 +1,18 @@
-from dataclasses import replace
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from lsast_train.base.base import Base
-from lsast_train.inversion import Inversion
-from lsast_train.options import TrainOptions
-from lsast_train.paintings import PaintingDataset
-from lsast_train.prompts.prompt_file import Prompts, load_prompts
+from lsast_train.finetuning import style_loss
+from lsast_train.paintings import PaintingDataset, latent_statistics
+from lsast_train.prompts.prompt_file import Prompts
+from lsast_train.prompts.prompt_space import PromptSpace
+
+
+@pytest.fixture(autouse=True)
+def _few_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight crops stand for all works of the artist instead of 160, which every run describes first."""
+    monkeypatch.setattr(style_loss, "WORKS", 8)
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +26,7 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> PaintingDataset:
 
 
 @pytest.fixture
-def prompts(base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path) -> Prompts:
-    result = Inversion(base, collection, replace(brief, steps=1, variant="step"), "red", tmp_path / "inversion").run()
-    return load_prompts(result.file, base)
+def prompts(base: Base, collection: PaintingDataset) -> Prompts:
+    """Untrained ones, with the statistics of the paintings' latents."""
+    meta = {"works": "10", **latent_statistics(base, collection.training).to_meta()}
+    return Prompts.of(PromptSpace(base.null_context, variant="step"), "red", base.fingerprint, meta)

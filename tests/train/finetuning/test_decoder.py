@@ -88,7 +88,8 @@ def test_decoder_training_paints_with_the_defaults_of_the_style(base, prompts, c
     given = {}
     for name, strength in (("weak", 0.1), ("strong", 0.9)):
         tuned = replace(prompts, meta={**prompts.meta, **encode_defaults({"strength": strength})})
-        run = DecoderTraining(base, {name: StyleWorks(tuned, collection)}, contents, BRIEF, tmp_path / name)
+        works = {name: StyleWorks(tuned, collection)}
+        run = DecoderTraining(base, works, contents, replace(BRIEF, paintings=2), tmp_path / name)
         painted = run.paintings[name]["training"]
         before = encode_pictures(base, list(painted.pictures.numpy()))[0] * base.config.latent_scale
         given[name] = (painted.latents - before).square().mean()

@@ -9,10 +9,12 @@ import torch
 from lsast.sampling.batch import Palette
 from lsast_engines.bundle.style import decode_defaults
 from lsast_engines.diffusion import TimestepSchedule
+from lsast_train.base.base import Base
+from lsast_train.finetuning import finetuning
 from lsast_train.finetuning.finetuning import Finetuning
-from lsast_train.finetuning.painter import random_pictures
+from lsast_train.finetuning.painter import Painter, random_pictures
 from lsast_train.options import FinetuneOptions
-from lsast_train.prompts.prompt_file import load_prompts
+from lsast_train.prompts.prompt_file import Prompts, load_prompts
 from lsast_train.training.rng import RngStream, rng_for
 
 from ..conftest import weights
@@ -23,11 +25,18 @@ BRIEF = FinetuneOptions(steps=6, batch=2, lr=0.3, size=64, strength=0.6, guidanc
                         evaluate_every=3, content_weight=1.0)  # fmt: skip
 
 
+@pytest.fixture
+def painter(base: Base, prompts: Prompts) -> Painter:
+    return Painter(base, prompts, strength=0.3, guidance=2.0, palette=0.8, mixed_precision="no")
+
+
 def test_finetuning_lowers_the_held_out_loss_and_leaves_the_base_unchanged(
     base, collection, contents, prompts, tmp_path
 ):
     before = weights(base)
-    result = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path).run()
+    run = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path)
+    assert (run.painter.strength, run.painter.guidance, run.painter.share) == (0.6, 2.0, 0.8)
+    result = run.run()
     assert result.relative_loss < 0.99
     assert all(torch.equal(value, before[key]) for key, value in weights(base).items())
     tuned = load_prompts(result.file, base)
@@ -44,9 +53,10 @@ def test_finetuning_lowers_the_held_out_loss_and_leaves_the_base_unchanged(
 
 
 def test_resumed_finetuning_equals_the_uninterrupted_one(
-    base, collection, contents, prompts, tmp_path, stop_and_resume
+    base, collection, contents, prompts, tmp_path, stop_and_resume, monkeypatch
 ):
-    options = replace(BRIEF, steps=4, evaluate_every=2, strength=0.3)
+    monkeypatch.setattr(finetuning, "HELD_OUT", 2)
+    options = replace(BRIEF, steps=4, evaluate_every=2, strength=0.2)
 
     def make(name: str, **more: Any) -> Finetuning:
         return Finetuning(base, prompts, collection, contents, options, "redder", tmp_path / name, **more)
@@ -54,17 +64,16 @@ def test_resumed_finetuning_equals_the_uninterrupted_one(
     stop_and_resume(make, 3)
 
 
-def test_finetuning_paints_in_the_palette_of_the_runtime(base, collection, contents, prompts, tmp_path):
-    run = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path).painter
-    palette = Palette(*(part.numpy() for part in run.palette), BRIEF.palette)
+def test_painter_paints_in_the_palette_of_the_runtime(base, painter):
+    palette = Palette(*(part.numpy() for part in painter.palette), painter.share)
     latent = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 3
-    matched = run.match(latent)
+    matched = painter.match(latent)
     edges = torch.zeros(2, 3, 64, 64)
     schedule = TimestepSchedule.build(base.config.noise, 12, 0.6, 10)
     step = schedule.steps[2]
     with torch.no_grad():
-        x0 = run.x0(latent, step.t, edges)
-        own = run.prompts[step.stage].expand(2, -1, -1, -1)
+        x0 = painter.x0(latent, step.t, edges)
+        own = painter.prompts[step.stage].expand(2, -1, -1, -1)
         null = base.null_context.expand(2, 3, -1, -1)
         time = torch.full((2,), step.t)
         residuals = base.control(latent, time, own, edges)
@@ -72,28 +81,28 @@ def test_finetuning_paints_in_the_palette_of_the_runtime(base, collection, conte
     level = schedule.noise.level(step.t)
     for row in range(2):
         np.testing.assert_allclose(matched[row], palette.match(latent[row].numpy()), rtol=1e-4, atol=1e-5)
-        eps = guided[0][row] + BRIEF.guidance * (guided[1][row] - guided[0][row])
+        eps = guided[0][row] + painter.guidance * (guided[1][row] - guided[0][row])
         limited = palette.limit(eps, latent[row].numpy(), level)
         np.testing.assert_allclose(x0[row], level.x0(latent[row].numpy(), limited), rtol=1e-3, atol=1e-3)
 
 
-def test_gradient_through_the_sampler_is_that_of_finite_differences(base, collection, contents, prompts, tmp_path):
-    run = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path).painter
+def test_gradient_through_the_sampler_is_that_of_finite_differences(contents, painter):
+    prompts = painter.prompts.requires_grad_()
     pictures = random_pictures(contents.training, 2, 64, rng_for(0, RngStream.STEP, 0))
 
     def painted() -> torch.Tensor:
-        return run.paint(pictures, rng_for(0, RngStream.STEP, 1))
+        return painter.paint(pictures, rng_for(0, RngStream.STEP, 1))
 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(painted().shape, generator=generator)
     (weight * painted()).sum().backward()
-    start = run.prompts.detach().clone()
+    start = prompts.detach().clone()
     direction = torch.randn(start.shape, generator=generator)
     ends = []
     for sign in (1, -1):
         with torch.no_grad():
-            run.prompts.copy_(start + sign * 1e-2 * direction)
+            prompts.copy_(start + sign * 1e-2 * direction)
             ends.append((weight.double() * painted().double()).sum().item())
-    slope = (run.prompts.grad.double() * direction.double()).sum().item()
+    slope = (prompts.grad.double() * direction.double()).sum().item()
     assert abs(slope) > 0.1
     assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(slope, rel=0.02)

@@ -1,5 +1,4 @@
 import json
-import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lsast_engines.errors import StyleError
 from lsast_train.prompts.prompt_file import Prompts, load_prompts, save_prompts
@@ -24,15 +23,11 @@ def _prompts(**options: Any) -> Prompts:
 
 
 def _rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the JSON header of a file, tensors untouched."""
-    raw = path.read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + length])
-    inner = json.loads(header["__metadata__"]["lsast"])
-    change(inner)
-    header["__metadata__"]["lsast"] = json.dumps(inner)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    """Change the header of a file, tensors untouched."""
+    with safe_open(str(path), "pt") as opened:
+        header = json.loads(opened.metadata()["lsast"])
+    change(header)
+    save_file(load_file(path), path, {"lsast": json.dumps(header)})
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The released generator against docs/method.md §1.3."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -49,48 +48,21 @@ def test_geglu_generator_starts_with_torchs_default_weights():
     assert weight.std().item() == pytest.approx((4 * DIM) ** -0.5 / 3**0.5, rel=0.1)
 
 
-def test_gradient_of_queries_keys_and_second_norm_is_zero():
+@pytest.mark.parametrize("place", ["attn1", "attn2", "ff"])
+def test_dropout_follows_each_attention_and_precedes_the_last_layer(place):
     generator = _generator()
-    torch.autograd.backward(generator().square().sum())
-    moved = {name: bool(p.grad is not None and p.grad.abs().max() > 0) for name, p in generator.named_parameters()}
-    dead = {f"attn{n}.to_{part}.weight" for n in (1, 2) for part in "qk"} | {"norm2.weight", "norm2.bias"}
-    assert {name for name, moves in moved.items() if not moves} == dead
-    assert not generator.constant.requires_grad
-
-
-def test_dropout_before_the_last_layer_is_inverted_and_binomial():
-    generator = _generator()
-    for attention in (generator.attn1, generator.attn2):
-        nn.init.zeros_(attention.to_out[0].weight)
-        nn.init.zeros_(attention.to_out[0].bias)
-    with torch.no_grad():
-        draws = torch.stack([generator(torch.Generator().manual_seed(seed)).flatten() for seed in range(1000)])
-        quiet = generator().flatten()
-        hidden = {}
-        handle = generator.ff.net[2].register_forward_pre_hook(lambda _, args: hidden.update(h=args[0][0, 0]))
-        generator()
-        handle.remove()
-        weight = generator.ff.net[2].weight.detach()
-    deviation = (weight.square() @ hidden["h"].square() * 0.1 / 0.9).sqrt()  # variance of Σ w h d, P(d = 1/0.9) = 0.9
-    np.testing.assert_allclose(((draws.mean(0) - quiet) / deviation).abs().max(), 0, atol=5 / 1000**0.5)
-    np.testing.assert_allclose(draws.std(0) / deviation, 1, atol=0.12)
-
-
-@pytest.mark.parametrize("which", ["attn1", "attn2"])
-def test_dropout_follows_each_attention(which):
-    generator = _generator()
-    other = {"attn1": generator.attn2, "attn2": generator.attn1}[which]
-    nn.init.zeros_(other.to_out[0].weight)
-    nn.init.zeros_(other.to_out[0].bias)
+    for other in {"attn1", "attn2"} - {place}:
+        nn.init.zeros_(generator.get_submodule(f"{other}.to_out.0").weight)
+        nn.init.zeros_(generator.get_submodule(f"{other}.to_out.0").bias)
+    reader, before = (generator.ff.net[2], 0) if place == "ff" else (generator.norm3, generator.constant)
     seen: list[torch.Tensor] = []
-    generator.norm3.register_forward_pre_hook(lambda _, args: seen.append(args[0][0, 0] - generator.constant))
+    reader.register_forward_pre_hook(lambda _, args: seen.append(args[0][0, 0] - before))
     with torch.no_grad():
         generator()
         for seed in range(200):
             generator(torch.Generator().manual_seed(seed))
     quiet, draws = seen[0], torch.stack(seen[1:])
     ratio = draws / quiet
-    assert torch.allclose(ratio.clamp(max=0.5).abs().min(), torch.tensor(0.0), atol=1e-4)
     dropped = ratio.abs() < 1e-3
     torch.testing.assert_close(ratio[~dropped], torch.full_like(ratio[~dropped], 1 / 0.9), rtol=1e-3, atol=0)
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.02)

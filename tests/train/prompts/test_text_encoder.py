@@ -1,29 +1,22 @@
 """Contexts of a placeholder's embedding against transformers itself with that row of its token embedding replaced."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
 from lsast_engines.errors import UsageError
 from lsast_train.prompts.text_encoder import PlaceholderEncoder
 
+from ..conftest import tiny_clip
+
 BOS, EOS, STAR = 998, 999, 265
 
 
-def _encoder(**changes: Any) -> CLIPTextModel:
-    """CLIP in miniature, random; the special ids are wrong, as in the configuration of Stable Diffusion 1.5."""
-    torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=1000, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-        bos_token_id=0, eos_token_id=2, **changes,
-    )  # fmt: skip
-    encoder = CLIPTextModel(config).eval().requires_grad_(False)
-    for parameter in encoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    return encoder
+def _encoder() -> CLIPTextModel:
+    """The special ids of its configuration are wrong, as in that of Stable Diffusion 1.5."""
+    return tiny_clip(1000, bos_token_id=0, eos_token_id=2)
 
 
 def _by_transformers(encoder: CLIPTextModel, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,12 +61,10 @@ def test_placeholder_encoder_leaves_the_encoder_unchanged():
     assert copy.deepcopy([path])[0] is path
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 23), (1, 76, 24), (1, 0, 24)])
-def test_embeddings_that_fit_no_caption_raise(shape):
-    with pytest.raises(UsageError, match=r"expected 1 to 75 tokens of 24 channels"):
-        PlaceholderEncoder(_encoder()).contexts(torch.zeros(shape))
-
-
-def test_token_embedding_outside_the_vocabulary_raises():
+def test_embeddings_and_tokens_that_do_not_fit_raise():
+    encoder = PlaceholderEncoder(_encoder())
+    for shape in ((1, 1, 23), (1, 76, 24), (1, 0, 24)):
+        with pytest.raises(UsageError, match=r"expected 1 to 75 tokens of 24 channels"):
+            encoder.contexts(torch.zeros(shape))
     with pytest.raises(UsageError, match="found a text encoder of 1000 tokens"):
-        PlaceholderEncoder(_encoder()).token_embedding(998)
+        encoder.token_embedding(998)

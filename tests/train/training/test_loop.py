@@ -15,6 +15,11 @@ from lsast_train.training.rng import RngStream, rng_for
 from lsast_train.training.run import LossCurve
 
 
+@pytest.fixture
+def _curves_not_drawn() -> None:
+    """They are drawn here."""
+
+
 class _Counter:
     """A run that adds the step's number to a weight."""
 
@@ -41,13 +46,6 @@ class _Counter:
         self.loop.run(self.step, self.evaluate, **how)
 
 
-def test_loop_evaluates_at_the_interval_and_at_the_end(tmp_path):
-    counter = _Counter(tmp_path)
-    counter.run()
-    assert (counter.loop.step, counter.means) == (6, [(0 + 1 + 2 + 3) / 4, (4 + 5) / 2])
-    assert not counter.loop.checkpoint.exists()
-
-
 def test_loop_saves_checkpoints_at_the_interval_of_the_writing_process(tmp_path):
     _Counter(tmp_path, checkpoint_minutes=0.0, writes=False).run()
     assert not (tmp_path / "c").exists()
@@ -55,7 +53,7 @@ def test_loop_saves_checkpoints_at_the_interval_of_the_writing_process(tmp_path)
     assert (tmp_path / "c").exists()
 
 
-def test_loop_with_a_limit_ends_evaluated_within_it(tmp_path, monkeypatch):
+def test_loop_evaluates_at_the_interval_and_at_the_end_within_its_limit(tmp_path, monkeypatch):
     clock, left = [100.0], []
     monkeypatch.setattr("lsast_train.training.loop.time", SimpleNamespace(monotonic=lambda: clock[0]))
     counter = _Counter(tmp_path, steps=1000, seconds=20.0)
@@ -73,11 +71,13 @@ def test_loop_with_a_limit_ends_evaluated_within_it(tmp_path, monkeypatch):
     counter.loop.run(slow_step, slow_evaluation)
     # Steps of 1 s, evaluations of 2 s after 4, 8 and 12 steps: a 13th step and its evaluation would end at 121.
     assert (counter.loop.step, clock[0]) == (12, 118.0)
-    assert [entry["step"] for entry in counter.loop.history] == [4, 8, 12]
     assert left[:5] == [1.0, 0.95, 0.9, 0.85, 0.7]
     counter.loop.limit = 0.0
     counter.loop.run(slow_step, slow_evaluation)
     assert counter.loop.step == 13  # at least one step
+    assert [entry["step"] for entry in counter.loop.history] == [4, 8, 12, 13]
+    assert counter.means == [(0 + 1 + 2 + 3) / 4, (4 + 5 + 6 + 7) / 4, (8 + 9 + 10 + 11) / 4, 12]
+    assert not counter.loop.checkpoint.exists()
 
 
 def test_rng_for_other_streams_and_numbers_differs():
@@ -92,20 +92,10 @@ def _curve() -> LossCurve:
     rows = [
         (0, (1.0, 0.1, 0.01), (1.0, 0.1, 0.01)),
         (20, (0.9, 0.08, 0.007), (0.9, 0.07, 0.006)),
-        (40, (0.7, 0.09, 0.010), (0.6, 0.05, 0.004)),
+        (40, (0.7, 0.09, 0.010), (0.6, 0.05, 0.004)),  # the plain mean would take it
+        (60, (0.9, 0.08, 0.007), (0.9, 0.07, 0.006)),  # as good as the second
     ]
     return LossCurve([dict(zip(("step", "held_out", "training"), row, strict=True)) for row in rows])
-
-
-def test_relative_loss_is_the_mean_over_stages_and_the_best_the_lowest():
-    curve = _curve()
-    untrained, middle, last = curve.evaluations
-    assert curve.relative(untrained) == 1
-    assert curve.relative(middle) == pytest.approx((0.9 + 0.8 + 0.7) / 3)
-    assert curve.relative(last, "training") == pytest.approx((0.6 + 0.5 + 0.4) / 3)
-    assert curve.best() is middle  # the plain mean would take the last
-    curve.evaluations.append({**middle, "step": 60})
-    assert curve.best() is middle
 
 
 def test_save_writes_json_and_picture(tmp_path):
@@ -113,8 +103,9 @@ def test_save_writes_json_and_picture(tmp_path):
     _curve().save(path, {"name": "red"})
     document = json.loads(path.read_text())
     assert (document["format"], document["name"], document["best_step"]) == (1, "red", 20)
-    assert [row["step"] for row in document["evaluations"]] == [0, 20, 40]
-    assert document["evaluations"][1]["relative_held_out"] == pytest.approx(0.8)
+    assert [row["step"] for row in document["evaluations"]] == [0, 20, 40, 60]
+    for part, expected in (("held_out", [1, 0.8, 2.6 / 3, 0.8]), ("training", [1, 2.2 / 3, 0.5, 2.2 / 3])):
+        assert [row[f"relative_{part}"] for row in document["evaluations"]] == pytest.approx(expected)
     assert sorted(file.name for file in path.parent.iterdir()) == ["red.curve.json", "red.curve.png"]
     with Image.open(path.with_suffix(".png")) as picture:
         picture.load()
