@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ControlNetModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import compvis_names
@@ -186,6 +186,18 @@ def test_single_file_in_any_form_gives_the_networks(published, tmp_path, form):
         loaded = published.tensors(found.load(part))
         assert loaded.keys() == expected.keys()
         assert all(torch.equal(loaded[key], value) for key, value in expected.items()), part
+
+
+def test_single_files_give_what_diffusers_converter_gives(published, tmp_path):
+    found = open_base(published.source(unet_weights="non-ema"))
+    for part, kind, file in (
+        ("unet", UNet2DConditionModel, published.file),
+        ("autoencoder", AutoencoderKL, published.file),
+        ("controlnet", ControlNetModel, published.controlnet_file),
+    ):
+        published.networks[part].save_config(tmp_path / part)
+        expected = kind.from_single_file(str(file), config=str(tmp_path / part), torch_dtype=torch.float32)
+        assert published.same(found.load(part), expected), part
 
 
 def test_controlnet_file_in_any_form_gives_the_network(published, tmp_path):

@@ -58,10 +58,11 @@ def test_resumed_finetuning_equals_the_uninterrupted_one(
     monkeypatch.setattr(finetuning, "HELD_OUT", 2)
     options = replace(BRIEF, steps=4, evaluate_every=2, strength=0.2)
 
-    def make(name: str, **more: Any) -> Finetuning:
-        return Finetuning(base, prompts, collection, contents, options, "redder", tmp_path / name, **more)
+    def make(name: str, resume: bool = False, **changes: Any) -> Finetuning:
+        chosen = replace(options, **changes)
+        return Finetuning(base, prompts, collection, contents, chosen, "redder", tmp_path / name, resume)
 
-    stop_and_resume(make, 3)
+    stop_and_resume(make, 3, guidance=3.0)
 
 
 def test_painter_paints_in_the_palette_of_the_runtime(base, painter):

@@ -187,8 +187,8 @@ def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tens
         )
     if mode == "context" and options.placeholder_tokens is not None:
         faults.append(
-            f"placeholder_tokens: found {options.placeholder_tokens} without a text encoder; expected none, "
-            f"contexts of base {base.config.name!r} have {base.config.tokens} tokens of their own"
+            f"placeholder_tokens: found {options.placeholder_tokens} where contexts are learned; expected none: "
+            f"those of base {base.config.name!r} have {base.config.tokens} tokens of their own"
         )
     if text is not None and options.rows > text.tokens - 2:
         faults.append(
@@ -199,7 +199,7 @@ def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tens
         raise UsageError(fault_list("options that do not fit the base:", faults))
     if text is None:
         initial = initial_context(base, draw)
-        if base.config.family == "sd15":
+        if base.config.family == "sd15" and base.text_encoder is None:
             log.warning(
                 "base %r has no text encoder (no bundle has one): the contexts themselves are learned, %d tokens of %d "
                 "channels for each stage and layer group; the paper learns the embeddings of a few tokens. For that, "
