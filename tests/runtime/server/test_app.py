@@ -155,7 +155,7 @@ def test_answers_hold_no_path_of_the_machine(server, png, split_path):
 
 
 def test_job_tells_its_progress_with_previews_and_keeps_the_painting(server, stylizer, photo, png):
-    options = {**LONG, "steps": 300, "seed": 3}
+    options = {**LONG, "steps": 100, "seed": 3}
     before = server.begin(png, **LONG)
     server.wait(before, "painting")
     path = server.begin(png, **options)
@@ -167,7 +167,7 @@ def test_job_tells_its_progress_with_previews_and_keeps_the_painting(server, sty
     assert [events[0][0], events[-1][0]] == ["queued", "done"]  # the worker has read it, but paints another one
     states = [state for state, _ in events]
     assert states == sorted(states, key=["queued", "painting", "done"].index)
-    assert {facts["steps"] for _, facts in events if facts["step"]} == {300}
+    assert {facts["steps"] for _, facts in events if facts["step"]} == {100}
     last = events[-1][1]
     assert (last["size"], last["options"]["seed"]) == ([160, 96], 3)
     previews = [facts["preview"] for _, facts in events if "preview" in facts]

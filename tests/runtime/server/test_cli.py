@@ -43,7 +43,7 @@ def serving(split_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 def test_sigterm_finishes_what_was_accepted(serving, png):
     process, address = serving
-    options = {**LONG, "steps": 200, "size": 1024}
+    options = {**LONG, "steps": 100, "size": 1024}
     answers = []
     asking = threading.Thread(
         target=lambda: answers.append(httpx.post(address + "/v1/paintings", params=options, content=png, timeout=60))
