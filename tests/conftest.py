@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 TRACED = ("tests/export/", "tests/test_compvis_journey.py")
-
+"""Tests that share traced graphs (`one_trace`): they stay in one process."""
 
 LONG = ("tests/test_docs.py", "tests/train/test_two_processes.py")
 """Files of few tests that take long: they begin first, lest one process ends with them while the other waits."""

@@ -29,7 +29,7 @@ def _own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_trace(one_trace: None) -> None:
-    pass
+    """All of these tests share traced graphs."""
 
 
 def random_prompts(base: Base, name: str, seed: int = 0) -> Prompts:
@@ -52,7 +52,7 @@ def prompts(base: Base) -> Prompts:
 
 
 @pytest.fixture(scope="session")
-def traced(base: Base, one_trace: None) -> dict[str, TracedGraph]:
+def traced(base: Base) -> dict[str, TracedGraph]:
     """The graphs of `base`."""
     return trace_graphs(base)
 

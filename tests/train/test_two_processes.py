@@ -17,7 +17,7 @@ from lsast_train.paintings import PaintingDataset
 from lsast_train.prompts.prompt_file import load_prompts
 
 HERE = Path(__file__).parent
-ROOMS = os.pathsep.join(str(HERE.parents[1] / room) for room in ("engines", "train"))
+PACKAGES = os.pathsep.join(str(HERE.parents[1] / package) for package in ("engines", "train"))
 STEPS = 3
 
 
@@ -29,7 +29,7 @@ def test_two_processes_average_their_gradients_and_write_once(base, paintings, t
     command += ["--steps", str(STEPS), "--batch", "2", "--size", "64", "--mixed-precision", "no"]
     completed = subprocess.run(
         [sys.executable, *launch, str(HERE / "launched.py"), str(tmp_path), *command],
-        env={**os.environ, "PYTHONPATH": ROOMS, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": PACKAGES, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -46,7 +46,7 @@ def _random(**changes: Any) -> AutoencoderTiny:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_trace() -> Iterator[None]:
+def _one_decoder_trace() -> Iterator[None]:
     """Equal architectures are traced once: it takes nearly all the time, and reads no weight."""
     traces: dict[str, TracedGraph] = {}
 

@@ -1,5 +1,6 @@
 import copy
 import itertools
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lsast_engines.errors import UsageError
+from lsast_train.inversion import make_optimizer
 from lsast_train.options import PRESETS, TrainOptions, Variant
 from lsast_train.prompts.matrix_index import matrix_index
 from lsast_train.prompts.prompt_space import PromptSpace, build_space, initial_context
@@ -174,6 +176,27 @@ def test_paper_preset_trains_every_parameter_and_its_attention_starts_near_the_i
     largest = {name: grad.abs().max().item() for name, grad in gradients.items() if grad is not None}
     assert largest.keys() == {"matrices", "query", "key", "value"}
     assert min(largest.values()) > 1e-3 * max(largest.values())
+
+
+def test_rows_of_a_matrix_stay_apart_while_they_learn(text_base):
+    """Rows that attend to all rows alike become equal, and equal rows get equal gradients (docs/method.md §7)."""
+    space = build_space(text_base, PRESETS["paper"], _never)
+    optimizer = make_optimizer(space, replace(PRESETS["paper"], lr=1e-2))
+    times, target = torch.arange(50, 1000, 100), torch.randn(10, 3, 77, 24, generator=torch.Generator().manual_seed(0))
+    found = []
+    for step in range(31):
+        loss = (space.contexts(times) - target).square().mean()
+        if step % 30 == 0:
+            query, key = space.matrices @ space.query, space.matrices @ space.key
+            attention = (query @ key.transpose(1, 2) / 24**0.5).softmax(2)
+            found.append((loss.item(), space.embeddings().std(1).mean().item(), attention.amax(2).mean().item()))
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+    before, after = found
+    assert after[0] < 0.95 * before[0]
+    assert after[1] > 0.5 * before[1]
+    assert after[2] > 0.5  # 0.1 would be alike
 
 
 def test_prompt_auto_takes_the_text_encoder_if_there_is_one(text_base, base, caplog):
