@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import anyio
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -186,7 +187,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
         jobs, job = state(request).jobs, find(name, request)
         media = _accepted(request, {JSON: "", EVENTS: "", **MEDIA})
         if media == EVENTS:
-            return StreamingResponse(_events(jobs, job), media_type=EVENTS, headers={"Cache-Control": "no-store"})
+            return _EventStream(jobs, job)
         if media == JSON:
             job.fetched = job.fetched or job.state == "failed"
             return JSONResponse(jobs.snapshot(job).model_dump())
@@ -291,24 +292,35 @@ async def _until_over(request: Request, jobs: Jobs, job: Job) -> None:
         await jobs.cancel(job)
 
 
+class _EventStream(StreamingResponse):
+    """The changes of a job as server-sent events; it follows the job until the client has all of them or goes away."""
+
+    def __init__(self, jobs: Jobs, job: Job) -> None:
+        super().__init__(_events(jobs, job), media_type=EVENTS, headers={"Cache-Control": "no-store"})
+        self._following = jobs.following(job)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._following:  # not in the iterator: where a client stops to read and leaves, nobody closes that
+            await super().__call__(scope, receive, send)
+
+
 async def _events(jobs: Jobs, job: Job) -> AsyncIterator[str]:
-    """The changes of a job as server-sent events, named by its state."""
+    """The changes of a job, named by its state."""
     previewed = b""
-    with jobs.following(job):
-        while True:
-            changed, over = job.changed, job.over
-            facts = jobs.snapshot(job).model_dump()
-            if job.preview and job.preview is not previewed:
-                facts["preview"], previewed = _data_url(job.preview), job.preview
-            job.fetched = job.fetched or job.state == "failed"
-            yield f"event: {job.state}\ndata: {json.dumps(facts)}\n\n"
-            if over:
-                return
-            while not changed.is_set():
-                try:
-                    await asyncio.wait_for(changed.wait(), _HEARTBEAT)
-                except asyncio.TimeoutError:
-                    yield ": still here\n\n"
+    while True:
+        changed, over = job.changed, job.over
+        facts = jobs.snapshot(job).model_dump()
+        if job.preview and job.preview is not previewed:
+            facts["preview"], previewed = _data_url(job.preview), job.preview
+        job.fetched = job.fetched or job.state == "failed"
+        yield f"event: {job.state}\ndata: {json.dumps(facts)}\n\n"
+        if over:
+            return
+        while not changed.is_set():
+            with anyio.move_on_after(_HEARTBEAT) as silence:
+                await changed.wait()
+            if silence.cancelled_caught:
+                yield ": still here\n\n"
 
 
 class _Thumbnails:

@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import anyio
+
 from lsast_engines.errors import BackendError, LsastError
 
 from .metrics import Metrics
@@ -283,10 +285,11 @@ class Jobs:
         while True:
             limit = None if end is None else end - time.monotonic()
             try:
-                event = await asyncio.wait_for(anext(iterator), limit)
+                with anyio.fail_after(limit):  # asyncio.wait_for loses a cancellation that comes with the event
+                    event = await anext(iterator)
             except StopAsyncIteration:
                 return
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise TooSlowError(
                     f"the painting took more than {self._settings.seconds:g} s, the most that this server allows; take "
                     "a smaller size or fewer steps"

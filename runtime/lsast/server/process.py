@@ -11,6 +11,8 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any
 
+import anyio
+
 from lsast_engines import errors
 from lsast_engines.errors import BackendError, LsastError
 
@@ -154,8 +156,9 @@ class WorkerProcess:
 
         async def cancel_or_kill() -> None:
             try:
-                await asyncio.wait_for(cancel(), CANCEL_SECONDS)
-            except asyncio.TimeoutError:
+                with anyio.fail_after(CANCEL_SECONDS):
+                    await cancel()
+            except TimeoutError:
                 _log.error("the worker does not give up a painting; starting another one")
                 self.kill()
             finally:

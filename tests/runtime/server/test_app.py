@@ -213,22 +213,6 @@ def test_client_that_leaves_cancels_its_painting(server, png, monkeypatch):
     server.wait(path, "cancelled")
 
 
-def test_job_that_is_cancelled_before_it_runs_is_over(server, png):
-    import asyncio
-
-    async def cancel_at_once() -> str:
-        from lsast.server.jobs import Jobs
-        from lsast.server.metrics import Metrics
-        from lsast.server.settings import Settings
-
-        jobs = Jobs(Settings(), server.app.state.painter, Metrics())
-        job = jobs.submit(png, b"", {}, ".png", False)
-        await jobs.cancel(job)
-        return job.state
-
-    assert asyncio.run(cancel_at_once()) == "cancelled"
-
-
 def test_paintings_asked_for_together_are_those_of_single_calls(server, stylizer, photo, png):
     wide = as_png(np.concatenate([photo, photo], axis=1))
     answers: dict[int, bytes] = {}
