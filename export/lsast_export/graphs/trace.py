@@ -1,14 +1,17 @@
 """Traces torch modules into ONNX graphs whose weights are names only.
 
-`torch.onnx.export` runs without its optimizer, which would fold small weights into new constants: these would be stored
-twice and, in fp16, unrounded. Instead the weights become inputs of the graph, the rest is optimized, and
-`external_weights` turns them into references into ``base.safetensors``.
+Two steps of `torch.onnx.export` are done here: torch.export captures the operators, and each becomes an ONNX function.
+Two are left out. Decomposition and type promotion trace all again, and would find nothing to do: every operator of our
+networks has an ONNX function, and they compute in float32. The optimizer would fold small weights into new constants:
+these would be stored twice and, in fp16, unrounded. Instead the weights become inputs of the graph, the rest is
+optimized, and `external_weights` turns them into references into ``base.safetensors``.
 
 So no value of a weight is needed. While a module is traced, fake tensors, which have a shape and no memory, replace its
 weights, and `module` may be on the meta device (`base_on_meta`).
 """
 
 import contextlib
+import functools
 import inspect
 import logging
 import warnings
@@ -30,6 +33,12 @@ from onnx_ir.passes.common import (
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.onnx._internal.exporter._core import (
+    _exported_program_to_onnx_program,
+    _prepare_exported_program_for_export,
+)
+from torch.onnx._internal.exporter._fx_passes import remove_assertion_nodes
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from lsast_engines.bundle.graph_spec import (
     CONTROLNET,
@@ -171,28 +180,43 @@ def trace(module: nn.Module, spec: GraphSpec, multiple: int, factor: int) -> Tra
         dynamic = (*dynamic[:named], dynamic[named:])  # torch.export takes *args for one argument
     try:
         with _quiet(), torch.no_grad(), _without_weights(module):
-            examples = _examples(spec, multiple, factor)
-            program = torch.onnx.export(
-                module,
-                examples,
-                dynamo=True,
-                opset_version=OPSET,
-                optimize=False,
-                verbose=False,
-                dynamic_shapes=dynamic,
-                input_names=[tensor.name for tensor in spec.inputs],
-                output_names=[tensor.name for tensor in spec.outputs],
+            program = torch.export.export(
+                module, _examples(spec, multiple, factor), dynamic_shapes=dynamic, strict=False
             )
+            remove_assertion_nodes(program.graph_module)
+            functions = _onnx_functions()
+            called = [node.target for node in program.graph.nodes if node.op == "call_function"]
+            if not all(map(functions.is_registered, called)):  # a network with an operator that ours have not
+                program = _prepare_exported_program_for_export(program, registry=functions)
+            model = _exported_program_to_onnx_program(program, registry=functions).model
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
         raise ExportError(f"torch cannot export the graph {spec.name!r}: {error}") from error
-    assert program is not None, "dynamo=True always gives a program"
-    model = program.model
+    for values, tensors in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
+        for value, tensor in zip(values, tensors, strict=False):
+            value.name = tensor.name
     _check_interface(model, spec)
     weights = _detach_weights(model, {name for name, _ in (*module.named_parameters(), *module.named_buffers())})
     _optimize(model)
     _check_constants(model, spec)
     _name_axes(model, spec)
     return TracedGraph(spec, model, weights)
+
+
+@functools.cache
+def _onnx_functions() -> ONNXRegistry:
+    """The ONNX functions of torch's operators, with two that our networks need and torch has not."""
+    from onnxscript import opset18
+
+    def to_dtype(values: Any, dtype: int, *_: Any) -> Any:
+        return opset18.Cast(values, to=dtype)
+
+    def rsub(values: Any, other: float, alpha: float = 1.0) -> Any:
+        return opset18.Sub(float(other), opset18.Mul(values, float(alpha)))
+
+    registry = ONNXRegistry.from_torchlib()
+    registry.register_op(torch.ops.aten.to.dtype, to_dtype)
+    registry.register_op(torch.ops.aten.rsub.Scalar, rsub)
+    return registry
 
 
 def _examples(spec: GraphSpec, multiple: int, factor: int) -> tuple[torch.Tensor, ...]:
@@ -263,13 +287,13 @@ def _check_interface(model: ir.Model, spec: GraphSpec) -> None:
 
 
 def _detach_weights(model: ir.Model, names: set[str]) -> tuple[str, ...]:
-    """Turn every initializer in `names` into a further input; returns the names that the graph uses."""
+    """Turn every initializer in `names` that the graph uses into a further input; returns their names."""
     graph = model.graph
-    used = tuple(sorted(name for name in graph.initializers if name in names))
+    weights = {name: graph.initializers.pop(name) for name in sorted(names & graph.initializers.keys())}
+    used = tuple(name for name, value in weights.items() if value.uses())
     for name in used:
-        value = graph.initializers.pop(name)
-        value.const_value = None
-        graph.inputs.append(value)
+        weights[name].const_value = None
+        graph.inputs.append(weights[name])
     return used
 
 
