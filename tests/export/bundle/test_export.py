@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
@@ -135,6 +136,24 @@ def test_trace_refuses_another_interface(base):
     assert "output mean: found float32 [" in str(caught.value)
     assert "output std: found float32 [" in str(caught.value)
     assert "expected std float32 [B, 4, h, w]" in str(caught.value)
+
+
+def test_trace_of_an_operator_without_onnx_function_decomposes_it(base):
+    class Other(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            cells = torch.cat([image, image[:, :1]], 1)[:, :, ::8, ::8]
+            return torch.rsub(cells, cells.exp()), torch.nn.functional.cosine_similarity(cells, cells + 1, -1)[
+                ..., None
+            ]
+
+    spec = graph_specs(geometry(base))["vae_encoder"]
+    mean, std = spec.outputs
+    spec = dataclasses.replace(spec, outputs=(mean, dataclasses.replace(std, shape=("B", 4, "h", 1))))
+    model = ir.serde.serialize_model(trace(Other().eval(), spec, 64, 8).model)
+    image = torch.rand(1, 3, 64, 192)
+    found = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"image": image.numpy()})
+    for ours, expected in zip(found, Other()(image), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_save_graph_names_a_weight_that_is_not_stored(traced, bundles, tmp_path):
