@@ -176,8 +176,8 @@ def _description(network: Any) -> dict[str, Any]:
 
 
 def _open_imported(found: BaseInspection) -> LazyBase:
-    tokens = found.networks["text_encoder"]().config["max_position_embeddings"]
-    scale = float(found.networks["autoencoder"]().config["scaling_factor"])
+    tokens = found.configs["text_encoder"]["max_position_embeddings"]
+    scale = float(found.configs["autoencoder"]["scaling_factor"])
     config = BaseConfig(
         *(found.name, "sd15", found.prediction, tokens, 512, scale),
         noise=found.noise,

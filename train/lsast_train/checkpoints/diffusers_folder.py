@@ -149,8 +149,8 @@ def read_folder(repository: Repository, wanted: UnetWeights, own: Sequence[Part]
     add_from(repository, "text_encoder", "text_encoder", "CLIPTextModel", texts, found)
     if "controlnet" in own and repository.first("controlnet/config.json") is not None:
         add_from(repository, "controlnet", "controlnet", "ControlNetModel", names, found)
-    if "unet" in found.networks:
-        heads = found.networks["unet"]().config["attention_head_dim"]
+    if "unet" in found.configs:
+        heads = found.configs["unet"]["attention_head_dim"]
         found.heads = heads if isinstance(heads, int) else found.heads
     _read_schedule(repository, found)
 

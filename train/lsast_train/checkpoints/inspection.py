@@ -1,8 +1,8 @@
 """What an inspection of a published base finds: its parts, its configuration, and every fault."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from lsast_engines.diffusion import NoiseSchedule
 from lsast_engines.errors import TrainingError, UsageError
@@ -36,6 +36,8 @@ class BaseInspection:
     """Attention heads of U-Net and ControlNet where no configuration names them."""
     networks: dict[Part, OpenWeights] = field(default_factory=dict)
     """The parts that could be opened."""
+    configs: dict[Part, Mapping[str, Any]] = field(default_factory=dict)
+    """Their configurations."""
     origin: dict[str, str] = field(default_factory=dict)
     """Names of the files or repositories, and which weights of the U-Net were taken."""
     faults: list[str] = field(default_factory=list)
@@ -56,6 +58,6 @@ class BaseInspection:
         except (TrainingError, UsageError) as error:
             self.fail(part, f"{error}")
             return
-        self.networks[part] = opened
+        self.networks[part], self.configs[part] = opened, weights.config
         if faults := weights.faults():
             self.fail(part, "; ".join(truncate(faults, 5)))

@@ -118,13 +118,12 @@ def import_base(source: BaseSource) -> BaseInspection:
         if part not in found.networks and found.failed.isdisjoint({part, "base"}):
             hint = {"controlnet": "; name one with --controlnet", "autoencoder": "; name one with --vae"}.get(part, "")
             found.fail(part, f"found none in {found.origin['source']}; expected the {what}{hint}")
-    configs = {part: opened().config for part, opened in found.networks.items()}
-    if faults := found.faults + _compatibility_errors(configs):
+    if faults := found.faults + _compatibility_errors(found.configs):
         heading = f"{source.base} cannot be used; expected the parts of one Stable Diffusion 1.5:"
         raise TrainingError(fault_list(heading, faults))
     for key, value in found.origin.items():
         _log.info("%s: %s: %s", found.name, key.replace("_", " "), value)
-    found.multiple = 2 ** sum(len(configs[part]["block_out_channels"]) - 1 for part in ("unet", "autoencoder"))
+    found.multiple = 2 ** sum(len(found.configs[part]["block_out_channels"]) - 1 for part in ("unet", "autoencoder"))
     return found
 
 
