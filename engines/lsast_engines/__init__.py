@@ -1,1 +1,1 @@
-"""What an exported engine is, and how one is run. Never imports torch; names are imported from its modules."""
+"""Bundles and styles on disk, backends that run their graphs, solvers, images; it never imports torch."""

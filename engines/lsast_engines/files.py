@@ -227,7 +227,8 @@ def file_sha256(path: Path) -> str:
 
 
 def cache_home() -> Path:
-    """``$LSAST_HOME``, else ``lsast`` in the XDG cache folder. It may not exist, and may be deleted at any time.
+    """``$LSAST_HOME``, else ``lsast`` in the XDG cache folder; it may not exist. `engines` in it, and with
+    ``LSAST_HOME`` `styles`, are the user's; all else may be deleted at any time.
 
     `NOWHERE` for a user without a home, or who may not look into it: containers run as a number, with the home of root.
 

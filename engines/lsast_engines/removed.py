@@ -2,7 +2,7 @@
 
 _EIGHT_BITS = "no engine in 8 bits ever ran on a GPU; use fp16"
 _CPU = "for processors there is lsast-export quantize"
-_OURS = "only who makes a base needs it; in a clone of the repository: python -m benchmarks.mini.training"
+_OURS = "only needed to make a base; in a clone of the repository: python -m benchmarks.mini.training"
 _SPLIT = "every bundle has the split graphs; export one of an earlier version again, with lsast-export bundle"
 _GUIDANCE = "use cache_interval, or a style with distilled guidance (lsast-train distill)"
 
@@ -48,7 +48,7 @@ RENAMED = {
     "quantise": ("quantize",),
     "distil": ("distill",),
 }
-"""Old names of options and commands, which still work where the new one exists; this goes with version 0.2."""
+"""Old names of options and commands, which still work where the new one exists, until version 0.2."""
 
 RENAMED_OPTIONS = {"control": "control_scale"}
 """Old names of painting options, in calls and in files."""

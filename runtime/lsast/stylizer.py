@@ -26,7 +26,7 @@ from .request import Request, graphs_of, resolve_options
 from .result import Result
 from .sampling import networks, sampler, tiling
 from .sampling.batch import Batch
-from .sampling.networks import CachedDenoiser, Floats, Graph, Pixels
+from .sampling.networks import CachedDenoiser, CheckedEngine, Floats, Pixels
 from .sessions import batching
 from .sessions.cancel import CancelToken
 from .sessions.engine_pool import STYLE_MEMORY, EnginePool
@@ -130,7 +130,8 @@ def load(
 class Stylizer:
     """A bundle with its engines and styles open; a context manager, made by `load`.
 
-    What `stylize` gives depends on the picture, the options and the bundle alone, never on earlier paintings.
+    What `stylize` gives depends on its arguments, the bundle, the styles, the backend and the compute dtype, not on
+    earlier paintings; but a decoder whose values overflowed stays in fp32.
 
     Any number of threads may share a stylizer: they read and finish pictures side by side and take turns at the
     engines. A forked process opens engines of its own at its first call. A pickled stylizer opens its bundle again
@@ -309,8 +310,8 @@ class Stylizer:
         """Repaint many pictures in batches.
 
         Pictures share a batch if they have the same painted size, number of steps, `control_scale`, `tile`,
-        `cache_interval` and `decoder`, and all a `guidance` of 1 or none; other options may differ. A painting equals
-        that of `stylize` up to rounding: a backend may add up in another order for another batch size.
+        `cache_interval` and `decoder`, and if all or none have a `guidance` of 1; other options may differ. A painting
+        equals that of `stylize` up to rounding: a backend may add up in another order for another batch size.
 
         Args:
             pictures: see `stylize`; of any size, read a few batches ahead.
@@ -403,8 +404,8 @@ class Stylizer:
         manifest, grid, interval = self.bundle.manifest, request.grid, request.options.cache_interval
         denoisers, decoder = graphs_of(request.options)
 
-        def graph(name: str) -> Graph:
-            return Graph(self._pool.engine(name), partial(self._pool.check, cancel))
+        def graph(name: str) -> CheckedEngine:
+            return CheckedEngine(self._pool.engine(name), partial(self._pool.check, cancel))
 
         def denoiser() -> sampler.Denoiser:
             return whole or CachedDenoiser(graphs, interval, manifest.noise)

@@ -1,1 +1,1 @@
-"""lsast_train: the prompt space of an artist, learned against a frozen base, and the training of the base `mini`."""
+"""lsast_train: the prompt space of an artist, learned against a frozen base; distillation and fine-tuning of styles."""

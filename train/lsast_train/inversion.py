@@ -134,7 +134,7 @@ class Inversion:
         return error.mean()
 
     def _estimate_time(self) -> None:
-        """Tell seconds, hours and memory by two gradients, which are not used: a card prepares in the first.
+        """Estimate time and memory by two gradients, which are not used; the first one warms a GPU up.
 
         A forward pass takes about half as long as the gradient of its loss.
         """

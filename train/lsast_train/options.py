@@ -31,14 +31,14 @@ Schedule = Literal["constant", "step", "cosine"]
 """Learning rate over the steps: constant, divided by 10 after `decay_after` steps, or a half cosine down to zero."""
 
 Crop = Literal["random", "squash"]
-"""How a painting becomes square: random crops, or the whole squeezed (the released code; proportions are lost)."""
+"""How a painting becomes square: random crops, or the whole picture stretched to a square (the released code)."""
 
 Weighting = Literal["eps", "v"]
 """Loss weight of timestep t: 1 (error of the noise), or 1/ᾱ up to 20 (error of v, Salimans & Ho 2022, appendix D)."""
 
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 """Autocast of the U-Net, in accelerate's words; prompts, loss and optimiser are always float32. ``auto``: bf16, but
-none on a processor that does not multiply it, where it is many times slower. ``fp16`` is for GPUs without bf16."""
+none on a processor that only emulates it, where it is many times slower. ``fp16`` is for GPUs without bf16."""
 
 Solver = Literal["ddim", "dpmpp2m", "unipc", "ddim_lsast"]
 """The keys of `lsast_engines.diffusion.SOLVERS`."""
@@ -75,7 +75,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class TrainOptions(RunOptions):
-    """How prompts are learned. The defaults are the paper's."""
+    """How prompts are learned. The defaults are the paper's, as far as we know them (docs/method.md §7)."""
 
     variant: Annotated[Variant, "What prompts depend on: stage, layer group, both, nothing."] = "step+layer"
     generator: Annotated[Generator, "Where a matrix comes from."] = "attention"
@@ -86,7 +86,7 @@ class TrainOptions(RunOptions):
     """Each row takes a position of its own in the caption. Over 10 self-attention has something to attend to; ``geglu``
     has 1, as in the release (docs/method.md §7)."""
     layout: Annotated[Layout, "Matrix of stage s, layer group l: 3s+l or s+l."] = "strided"
-    gradient: Annotated[Gradient, "Layer groups that train the prompts."] = "all"
+    gradient: Annotated[Gradient, "Layer groups that train the prompts: all, or the U-Net's decoder (up) only."] = "all"
     steps: Annotated[int, "Optimiser steps.", Range(1)] = 100_000
     batch: Annotated[int, "Pictures that pass the U-Net at once in each process.", Range(1)] = 1
     """Each picture has a timestep of its own."""
@@ -106,7 +106,7 @@ class TrainOptions(RunOptions):
     views: Annotated[int, "Crops of a picture, which are encoded once and kept.", Range(1)] = 8
     """Each crop is kept mirrored, too. A step draws a sample of its posterior."""
     weighting: Annotated[Weighting, "Which error the loss counts."] = "eps"
-    mixed_precision: Annotated[MixedPrecision, "Autocast of the U-Net; auto: bf16 where it is multiplied."] = "no"
+    mixed_precision: Annotated[MixedPrecision, "Autocast of the U-Net; auto: bf16 where the hardware has it."] = "no"
     gradient_checkpointing: Annotated[
         bool, "Compute activations twice instead of keeping them: less memory, more time."
     ] = field(default=False, compare=False)
@@ -169,8 +169,8 @@ PRESETS: dict[str, TrainOptions] = {
         generator="geglu", layout="overlap", gradient="decoder", lr=1e-6, schedule="constant", crop="squash", views=1
     ),
 }
-"""``quick``: minutes on two CPU cores with the embedded base. ``paper``: the published recipe, hours on a GPU.
-``released``: what the published code does instead (docs/method.md §3), but that pictures are encoded once."""
+"""``quick``: minutes on two CPU cores with the embedded base. ``paper``: the paper's recipe as far as we know it, hours
+on a GPU. ``released``: what the published code does instead (docs/method.md §3), but that pictures are encoded once."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class FinetuneOptions(RunOptions):
     palette: Annotated[float, "Palette that the style is for.", Range(0, 1)] = 0.8
     content_weight: Annotated[float, "Weight of the loss of content.", Range(0)] = 9.0
     mixed_precision: Annotated[
-        Literal["auto", "no", "bf16"], "Autocast of the networks; auto: bf16 where it is multiplied."
+        Literal["auto", "no", "bf16"], "Autocast of the networks; auto: bf16 where the hardware has it."
     ] = "auto"
     seed: Annotated[int, "Seed of all random numbers.", Range(0)] = 0
     evaluate_every: Annotated[int, Range(1)] = 8

@@ -82,7 +82,8 @@ def _without_telemetry(name: str) -> Iterator[None]:
 class Engine(abc.ABC):
     """A graph that is ready to run. It keeps state between calls, so one thread at a time may use it.
 
-    Inputs are checked here; a backend implements the methods below `close`.
+    Inputs are checked here. A backend implements `_run`, `_release_memory`, `_close` and, if it keeps inputs, `_bind`;
+    `registry.open_engine` calls its constructor with path, spec, device, threads and compute dtype.
     """
 
     backend: str

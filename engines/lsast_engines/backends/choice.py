@@ -66,7 +66,7 @@ def choose(
     """Choose the arguments that are ``auto``. An argument that names something is taken as it is, or refused.
 
     Args:
-        bundle: of one in int8, the compute dtype is that of its float layers; None stands for a small one in fp32.
+        bundle: of one in int8, the compute dtype is that of its float layers; None is one that is not quantized.
         backend, device, compute_dtype: see `registry.open_engine`, also for the errors.
     """
     backend, device, named = backend.lower(), device.lower(), None if compute_dtype == "auto" else compute_dtype

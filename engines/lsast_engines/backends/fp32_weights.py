@@ -1,9 +1,9 @@
 """Large 16-bit weights, converted once to a float32 file that backends can map.
 
-A bundle in fp16 or bf16 is computed in float32. OpenVINO, and ONNX Runtime with fp16, expand such weights in memory and
-then make packed copies, so that they need more memory than for a bundle in fp32. Therefore the weights are converted, a
-tensor at a time, into a float32 file in the cache folder, and the graph is rewritten for that file: without casts, with
-other offsets.
+The graphs of a bundle in fp16 or bf16 cast its weights to float32. OpenVINO, and ONNX Runtime with fp16, expand such
+weights in memory and then make packed copies, so that they need more memory than for a bundle in fp32. Therefore the
+weights are converted, a tensor at a time, into a float32 file in the cache folder, and the graph is rewritten for that
+file: without casts, with other offsets.
 """
 
 import functools

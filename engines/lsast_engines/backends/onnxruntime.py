@@ -32,7 +32,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """ONNX Runtime's name of the provider, by device."""
 
 GPU_SUFFIX = ".fp16.onnx"
-"""Suffix of a graph for GPUs in fp16, which lies beside the graph of the same name."""
+"""Suffix of a graph for GPUs, which lies beside the graph of the same name: in fp16, but the encoder's in float32."""
 
 KEPT_SESSIONS = 2
 """Picture sizes for which a GPU session is kept, e.g. portrait and landscape; each holds the weights once."""

@@ -1,4 +1,4 @@
-"""Graphs on OpenVINO, which reads the same ONNX files and is fastest on x86 CPUs."""
+"""Graphs on OpenVINO, which reads the same ONNX files and computes in bf16 where the CPU does."""
 
 import contextlib
 import ctypes

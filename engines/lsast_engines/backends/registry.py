@@ -27,7 +27,7 @@ class _Backend:
     engine: str
     """The subclass of `Engine` in it."""
     flavor: tuple[str, ...] = ()
-    """The last argument of these functions and of the class, where one module has two backends."""
+    """Last argument of these functions and of the class, which tells two backends of one module apart."""
     dtypes: Mapping[str, tuple[ComputeDtype, ...]] = field(default_factory=dict)
     """The compute dtypes by device, where the backend itself does not know them."""
     gpu_only: bool = False
@@ -53,7 +53,8 @@ _BACKENDS = {
 }
 
 EXTRAS = {name: backend.extra for name, backend in _BACKENDS.items()}
-"""The backends in the order in which ``auto`` tries them, and the extra that installs each."""
+"""The backends in the order in which `find_backend` tries them for ``auto``, and the extra that installs each. The
+runtime chooses by `choice.choose`."""
 
 
 def available_backends() -> dict[str, list[str]]:

@@ -8,7 +8,7 @@
     ├── vae_encoder.onnx, controlnet_cond.onnx, denoiser.onnx, vae_decoder.onnx
     ├── controlnet.onnx, unet_full.onnx, unet_outer.onnx: the split graphs, for step caching
     ├── vae_decoder_tiny.onnx, vae_decoder_tiny.safetensors: a smaller decoder (optional)
-    ├── *.fp16.onnx              each graph for GPUs, in fp16; none in int8
+    ├── *.fp16.onnx              each graph for GPUs, in fp16 (the encoder's computes in float32); none in int8
     ├── null.safetensors         the unconditional keys and values, in the format of a style
     ├── styles/*.safetensors     not in the manifest: styles are added and removed, and carry their own checksums
     └── prompts/*.prompts.safetensors  what these styles were baked from (optional): for another export of the base

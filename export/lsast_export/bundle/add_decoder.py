@@ -24,7 +24,7 @@ from ..progress import Progress, no_progress
 def add_small_decoder(
     path: Path, small: SmallDecoder, backend: str = "onnxruntime", progress: Progress = no_progress
 ) -> Bundle:
-    """Write the graph of `small` and its weights into the bundle at `path`, proven against torch.
+    """Write the graph of `small` and its weights into the bundle at `path`, compared with torch.
 
     A small decoder that the bundle has is replaced. A quantized bundle takes one, too: it stays in float32 and needs
     none of the bundle's weights.

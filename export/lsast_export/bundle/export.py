@@ -44,7 +44,7 @@ WEIGHTS = "base.safetensors"
 """The file of all weights, which the graphs and training share."""
 
 DTYPES: dict[StorageDtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""torch's element type of the stored weights."""
+"""torch's dtype of the stored weights."""
 
 _log = logging.getLogger("lsast.export")
 
@@ -54,7 +54,7 @@ class ExportOptions:
     """Options of an export."""
 
     storage_dtype: StorageDtype = "fp16"
-    """Number type that weights are stored in; graphs compute in float32 (see `external_weights`)."""
+    """Data type that weights are stored in; graphs compute in float32 (see `external_weights`)."""
     backend: str = "onnxruntime"
     """Backend that the graphs are compared with torch on."""
     plan: ParityPlan | None = None

@@ -65,7 +65,7 @@ def bundle_options(hidden: bool = False) -> OptionDecorator:
             "--storage-dtype",
             type=click.Choice(["fp32", "fp16", "bf16"]),
             hidden=hidden,
-            help="Number type that weights are stored in. [default: fp16]",
+            help="Data type (dtype) that weights are stored in. [default: fp16]",
         ),
         import_options(hidden),
         click.option(
@@ -86,11 +86,11 @@ def bundle_options(hidden: bool = False) -> OptionDecorator:
 @json_option
 @debug_option
 def bundle_command(**options: Any) -> None:
-    """Export a base into a bundle, with or without styles: graphs, proven against torch, and weights.
+    """Export a base into a bundle, with or without styles: graphs, compared with torch, and weights.
 
     \b
-      lsast-export bundle --base sd15 --out bundles/sd15
-      lsast-export bundle --base photos.safetensors --style mine --out bundles/photos
+      lsast-export bundle --base sd15 --out engines/sd15
+      lsast-export bundle --base photos.safetensors --style mine --out engines/photos
     """
     export(**options)
 
@@ -168,8 +168,8 @@ def export(
 def decoder_command(bundle: str, small: Path, backend: str) -> None:
     """Add the decoder of a tiny autoencoder to BUNDLE (a folder or a name), for `lsast-run --decoder small`.
 
-    It must have been made for the latents of that base: TAESD's is for those of Stable Diffusion 1.x. It is proven
-    against torch; weights, the other graphs and styles of the bundle stay as they are.
+    It must have been made for the latents of that base: TAESD's is for those of Stable Diffusion 1.x. It is compared
+    with torch; weights, the other graphs and styles of the bundle stay as they are.
     """
     from lsast_engines.bundle.bundle import Bundle, find_bundle
 

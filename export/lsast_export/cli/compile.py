@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     "graphs",
     metavar="NAME",
     multiple=True,
-    help="Compile this graph only; may be repeated. [default: all but the split graphs]",
+    help="Compile this graph only; may be repeated. [default: those of the preset exact]",
 )
-@click.option("--compute-dtype", metavar="TYPE", help="Number type to compute in: fp16 or fp32. [default: fp16]")
+@click.option("--compute-dtype", metavar="TYPE", help="Data type (dtype) to compute in: fp16 or fp32. [default: fp16]")
 @click.option("--batch", metavar="N,N,N", help="Pictures at once: min, opt, max. [default: 1,1,4]")
 @click.option("--sides", metavar="N,N,N", help="Pixels of height and width: min, opt, max. [default: 384,512,1024]")
 @click.option(

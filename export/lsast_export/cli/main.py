@@ -42,7 +42,7 @@ def main(
 
     \b
       lsast-export --style vangogh
-      lsast-export bundle --base sd15 --out bundles/sd15
+      lsast-export bundle --base sd15 --out engines/sd15
 
     A style is baked for the bundle of its base and put into your style folder; a base that is no bundle yet is
     exported by the command `bundle`. With --backend tensorrt-rtx or tensorrt, missing engines are compiled, too.

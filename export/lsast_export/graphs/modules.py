@@ -1,10 +1,10 @@
-"""The modules that are traced, one for each graph of `lsast_engines.bundle.graph_spec`.
+"""The modules that are traced. `unet_outer` is cut out of `unet_full` (`trace`); `small_decoder` has its own.
 
 Their parameters have the names of the weights in ``base.safetensors`` (``unet.…``, ``controlnet.…``,
 ``autoencoder.…``), so that an exported initializer can be found in the file, and the split graphs add no weights to
 a bundle. Where a graph needs a network changed (its processors, the embedding of the edges), a copy of the network is.
 
-With the split graphs a run may skip the ControlNet at some steps, or all of the U-Net but its outermost level
+With the split graphs a run skips the ControlNet and all of the U-Net but its outermost level between full steps
 (DeepCache, Ma et al. 2023, arXiv 2312.00858).
 """
 

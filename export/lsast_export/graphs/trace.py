@@ -93,7 +93,7 @@ class TracedGraph:
 def trace_graphs(
     base: Base, names: Sequence[str] = (*REQUIRED_GRAPHS, *UNET_SPLIT_GRAPHS), progress: Progress = no_progress
 ) -> dict[str, TracedGraph]:
-    """Trace graphs of `base`, which may be on the meta device; the results have no weights and fit every storage type.
+    """Trace graphs of `base`, which may be on the meta device; the results have no weights and fit every storage dtype.
 
     Two are made of others: the denoiser is `controlnet` and `unet_full`, joined; `unet_outer` is cut out of the latter.
 
@@ -161,7 +161,7 @@ def trace(module: nn.Module, spec: GraphSpec, multiple: int, factor: int) -> Tra
     """Export `module`, whose arguments are the inputs of `spec`, with every named axis dynamic.
 
     Args:
-        module: one of `graphs`, in evaluation mode.
+        module: of `modules.graph_module`, in evaluation mode.
         spec: names and axes of the inputs and outputs.
         multiple: legal picture sizes are multiples of this many pixels.
         factor: pixels along a side of one latent cell.

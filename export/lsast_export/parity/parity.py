@@ -1,4 +1,4 @@
-"""Proof that the exported graphs compute what torch computes.
+"""Parity: the exported graphs are compared with what torch computes.
 
 The reference is the base as it is trained and sampled in torch (`torch_reference`): stock convolutions, contexts
 projected inside each attention, one pass for each guidance half. The exported side is baked keys and values through the

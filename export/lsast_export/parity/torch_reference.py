@@ -3,7 +3,8 @@
 ControlNet's residuals do not depend on the U-Net of the same step. So all cases advance together: ControlNet runs for
 every case, is freed, the U-Net runs for every case, and the next step of all loops begins.
 
-This module is the reference of every export: it denoises in a loop of its own, with stock diffusers networks.
+This module is the reference of every export: it denoises in a loop of its own, with diffusers'
+networks under the trainer's attention processor and the runtime's solvers, which tests compare with diffusers'.
 """
 
 import contextlib

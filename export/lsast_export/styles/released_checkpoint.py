@@ -30,7 +30,7 @@ class Released:
     """The contents of a released checkpoint."""
 
     embeddings: torch.Tensor
-    """[K, 1, dim] float32: the generator's output without dropout; the first stages + 2 of them are ever read."""
+    """[K, 1, dim] float32: the generator's output without dropout; only the first stages + 2 rows are read."""
     constant: torch.Tensor
     """[dim]: what the generator starts from, a row of the token embedding of the text encoder it was trained with."""
 

@@ -60,7 +60,7 @@ class CompileOptions:
     """Compute capabilities for TensorRT-RTX, e.g. ``8.9``; empty means portable."""
     ranges: ShapeRanges = dataclasses.field(default_factory=ShapeRanges)
     compute_dtype: ComputeDtype = "fp16"
-    """Number type to compute in, whatever the weights are stored in."""
+    """Data type to compute in, whatever the weights are stored in."""
 
     def __post_init__(self) -> None:
         if gone := removal(f"--compute-dtype {self.compute_dtype}"):

@@ -1,1 +1,1 @@
-"""The command line ``lsast-run``."""
+"""The command lines ``lsast`` and ``lsast-run``."""

@@ -1,4 +1,4 @@
-"""What of lsast works on this machine, and what to install for the rest: the report of `lsast-run --doctor`.
+"""What of lsast works on this machine, and what to install for the rest: the report of `lsast doctor`.
 
 A broken installation must still get its report, so that every look-up catches what it may raise. A backend "works" here
 if its library is installed and finds the device; no graph is run.

@@ -68,7 +68,7 @@ def plan_jobs(sources: Sequence[str], out: str) -> Plan:
       first folder with such a character.
     - `-` is standard input or output, and stands alone.
 
-    What has the output of another source, or a source as its output, is a failure; it does not end the others.
+    Two sources with the same output, and an output that is a source, are failures; they do not end the others.
 
     Raises:
         UsageError: an OUT that cannot hold the paintings; or, if nothing else is to be painted, a pattern without files

@@ -94,8 +94,8 @@ def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--compute-dtype",
     metavar="TYPE",
     default="auto",
-    help="Number format of the computation: fp32; with openvino also bf16 and fp16, on GPUs also fp16. "
-    "[default: auto, bf16 where the processor multiplies it, else fp32; on GPUs fp16]",
+    help="Data type (dtype) of the computation: fp32; with openvino also bf16 and fp16, on GPUs also fp16. "
+    "[default: auto, bf16 where the processor has it, else fp32; on GPUs fp16]",
 )
 @click.option(
     "--max-megapixels",
@@ -118,7 +118,8 @@ def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--cache",
     type=click.Choice(["list", "prune", "clear"]),
-    help="List what is cached and exit; prune removes what was made of bundles that are gone, clear everything.",
+    help="List what is cached and exit; prune removes what was made of bundles that are gone or "
+    "changed, clear everything.",
 )
 @click.option("--doctor", is_flag=True, help="Print what works on this machine and what to install, and exit.")
 @json_option

@@ -194,7 +194,7 @@ def paint_watched(
 ) -> None:
     """Paint the pictures in folders and those that are added, until the keyboard interrupts."""
     check_watch(sources, out)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's script starts commands with & deaf to it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # commands that a script starts with & ignore it
     echo(f"watching {', '.join(sources)}; Ctrl-C ends", err=True)
     paint_several(watch(sources, out, overwrite=overwrite), {}, where, options, True)
 

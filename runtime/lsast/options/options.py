@@ -47,7 +47,8 @@ LSAST's code (docs/method.md §4)."""
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """All options of one repainting. A picture, these and a bundle determine every byte of the result.
+    """All options of one repainting. With the same picture, mask, bundle, styles, backend, compute dtype and versions,
+    they give the same bytes.
 
     Raises:
         UsageError: one or more values are invalid; all of them are named at once.
@@ -94,8 +95,8 @@ class Options:
     ] = "aspect"
     palette: Annotated[
         float,
-        "How far the painting takes the artist's palette: colours and contrast start from, and stay within, those of "
-        "the artist's works; 0 starts from the picture's. Needs a style that was learned with this version or later.",
+        "How far the painting takes the artist's palette: it starts from the mean and deviation of the artist's "
+        "latents, and this deviation is its limit; 0 starts from the picture's. Needs a style learned by lsast-train.",
         Range(0, 1),
     ] = 0.0
     keep_colour: Annotated[bool, "Keep the picture's colours: only brightness is painted."] = False
@@ -225,6 +226,6 @@ def _palette_overrides(files: Mapping[str, StyleFile], given: Mapping[str, Any])
     if missing and isinstance(palette := given.get("palette"), (int, float)) and palette:
         raise UsageError(
             f"found palette {palette} for {', '.join(missing)}, which holds no statistics of the artist's "
-            "latents; expected 0, or a style that was learned with this version: lsast-train --style NAME --images DIR"
+            "latents; expected 0, or a style that lsast-train learned: lsast-train --style NAME --images DIR"
         )
     return {"palette": 0.0} if missing else {}

@@ -22,7 +22,7 @@ class NotFiniteError(BackendError):
     """A graph gave a NaN or an infinity: fp16 overflows at 65504."""
 
 
-class Graph:
+class CheckedEngine:
     """An engine whose outputs are checked."""
 
     def __init__(self, engine: Engine, before_run: Callable[[], None] | None = None) -> None:
@@ -57,7 +57,7 @@ class Graph:
 class GraphDenoiser:
     """The graph `denoiser`: U-Net and ControlNet in one. Inputs that stay the same object are bound once."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: CheckedEngine) -> None:
         self._graph = graph
 
     def __call__(
@@ -75,25 +75,25 @@ class GraphDenoiser:
         self._graph.engine.release_memory()
 
 
-def encode(graph: Graph, pictures: Pixels) -> Floats:
+def encode(graph: CheckedEngine, pictures: Pixels) -> Floats:
     """Run the graph `vae_encoder`, see `Networks.vae_encoder`."""
     images = pictures.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1)
     moments = [np.concatenate([outputs["mean"], outputs["std"]]) for outputs in graph.one_by_one("image", images)]
     return np.stack(moments, axis=1)
 
 
-def embed_edges(graph: Graph, edges: Pixels) -> Floats:
+def embed_edges(graph: CheckedEngine, edges: Pixels) -> Floats:
     """Run the graph `controlnet_cond`, see `Networks.controlnet_cond`."""
     planes = np.repeat(edges[:, None], 3, axis=1).astype(np.float32)
     return np.concatenate([outputs["hint"].copy() for outputs in graph.one_by_one("edges", planes)])
 
 
-def decode(graph: Graph, latents: Floats) -> Pixels:
+def decode(graph: CheckedEngine, latents: Floats) -> Pixels:
     """Run the graph `vae_decoder` or `vae_decoder_tiny`, see `Networks.vae_decoder`."""
     return np.stack([to_pixels(rgb) for rgb in decode_rgb(graph, latents)])
 
 
-def decode_rgb(graph: Graph, latents: Floats) -> Iterator[Floats]:
+def decode_rgb(graph: CheckedEngine, latents: Floats) -> Iterator[Floats]:
     """Decode each latent of [B, 4, h, w] to RGB values [H, W, 3] of about 0 … 255, before rounding."""
     for outputs in graph.one_by_one("latent", latents):
         yield (outputs["image"][0].transpose(1, 2, 0) + 1) * 127.5
@@ -114,7 +114,7 @@ class CachedDenoiser:
     (TaylorSeer, Liu et al. 2025, arXiv 2503.06923, order 1).
     """
 
-    def __init__(self, graphs: Mapping[str, Graph], interval: int, noise: NoiseSchedule) -> None:
+    def __init__(self, graphs: Mapping[str, CheckedEngine], interval: int, noise: NoiseSchedule) -> None:
         """Of the graphs `UNET_SPLIT_GRAPHS`, ControlNet and U-Net run in full at every `interval`-th step, from the
         first; `noise` gives sigma of a timestep."""
         self._graphs = graphs

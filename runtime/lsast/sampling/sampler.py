@@ -1,8 +1,8 @@
 """The sampling algorithm of LSAST, and what it needs of the networks.
 
-`sample` is the algorithm, from pictures to paintings, for a batch. The other modules of this package make or wrap its
-nouns: `batch` holds the pictures with their styles and solvers, `networks` runs the graphs, also with step caching, and
-`tiling` runs them on large canvases.
+`sample` is the algorithm, from pictures to paintings, for a batch. The other modules of this package make or wrap what
+it uses: `batch` holds the pictures with their styles and solvers, `networks` runs the graphs, also with step caching,
+and `tiling` runs them on large canvases.
 """
 
 from __future__ import annotations

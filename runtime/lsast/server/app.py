@@ -442,7 +442,8 @@ class _Headers:
 
 
 class _SameOrigin:
-    """Refuses what the page of another site sends: no CORS keeps it from reading answers, not from asking."""
+    """Refuses what the page of another site sends: without CORS headers it cannot read answers, but it can
+    still ask."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

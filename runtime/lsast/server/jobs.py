@@ -24,8 +24,8 @@ ATTEMPTS = 3
 """How many workers may end over a painting before it is given up; from the second on it is painted alone."""
 
 LEAVE_SECONDS = 5.0
-"""How long a job goes on after the last client that followed its events has gone away, and how long the end of a job
-keeps a server from closing that nobody asked for."""
+"""How long a job goes on after the last client that followed its events has gone away, and how long a closing server
+waits for a client to fetch a job that has ended."""
 
 _log = logging.getLogger("lsast.server")
 

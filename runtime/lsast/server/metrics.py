@@ -25,11 +25,11 @@ class Metrics:
         self.refused = Counter("lsast_refused", "Requests that found the queue full.", registry=self._registry)
         self.waited = Histogram("lsast_waited_seconds", "Time in the queue.", buckets=_SECONDS, registry=self._registry)
         self.painted = Histogram(
-            "lsast_painted_seconds", "Time from the queue to the painting.", buckets=_SECONDS, registry=self._registry
+            "lsast_painted_seconds", "Time of painting, without the queue.", buckets=_SECONDS, registry=self._registry
         )
         self._gauges = {
             "lsast_queued": "Paintings that wait.",
-            "lsast_painting": "Paintings that are with the worker.",
+            "lsast_painting": "Paintings that are being painted.",
             "lsast_kept_bytes": "Bytes of finished paintings that are kept for their clients.",
             "lsast_worker_ready": "1 if a worker has its engines open.",
             "lsast_worker_restarts": "Workers that were started after the first.",

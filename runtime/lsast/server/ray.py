@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ray.serve import Application
     from ray.serve.handle import DeploymentHandle
 
-READ_SECONDS = 0.5
+READY_POLL_SECONDS = 0.5
 """Pause between two looks whether a replica is ready."""
 
 Entry = tuple[Task, "asyncio.Queue[Event]"]
@@ -155,7 +155,7 @@ class Replicas:
         while not self.facts:
             with contextlib.suppress(RayActorError, RayTaskError, TaskCancelledError, WorkerDiedError):
                 self.facts = (await self.ask("facts")).facts
-            await asyncio.sleep(READ_SECONDS)
+            await asyncio.sleep(READY_POLL_SECONDS)
 
 
 def make_app(settings: Settings, **options: Any) -> Application:

@@ -137,7 +137,7 @@ class StyleCard(BaseModel):
     """A style that pictures can be painted in."""
 
     name: str
-    guidance: float | None = Field(None, description="The guidance scale that is baked in, of a distilled style.")
+    guidance: float | None = Field(None, description="The guidance scale of a style with distilled guidance.")
     defaults: dict[str, Any] = Field({}, description="Its own defaults of options, which win over those of the bundle.")
     thumbnail: str | None = Field(None, description="A painted sample, as a data URL; null until it is painted.")
 

@@ -35,7 +35,10 @@ class Settings:
 
     host: Annotated[str, "Address to listen on; 0.0.0.0 is every address of this machine."] = "127.0.0.1"
     port: Annotated[int, "Port to listen on; 0 takes a free one.", Range(0, 65535)] = 8000
-    token: Annotated[str, "Text that every request must bear (Authorization: Bearer TOKEN); none asks for none."] = ""
+    token: Annotated[
+        str,
+        "Token that requests to /v1 and /metrics must send (Authorization: Bearer TOKEN); empty: none is asked for.",
+    ] = ""
     allowed_hosts: Annotated[
         str,
         "Names, with commas, by which browsers may call this server, beside this machine's own; * is any. Left out: "
@@ -45,7 +48,7 @@ class Settings:
     backend: Annotated[str, "Library that runs the networks, as in lsast-run."] = "auto"
     device: Annotated[str, "Device of the backend, such as cpu or cuda."] = "auto"
     threads: Annotated[int, "Processor threads to use; 0 leaves it to the backend.", Range(0, 1024)] = 0
-    compute_dtype: Annotated[str, "Number format of the computation, as in lsast-run."] = "auto"
+    compute_dtype: Annotated[str, "Data type (dtype) of the computation, as in lsast-run."] = "auto"
     preset: Annotated[str, "Preset of the paintings that name none."] = ""
     batch: Annotated[int, "Most pictures that are painted together.", Range(1, 64)] = 4
     queue: Annotated[int, "Most paintings that wait; more are refused with status 429.", Range(1, 100_000)] = 64
@@ -56,7 +59,9 @@ class Settings:
     max_size: Annotated[int, "Largest painted size: at most MAX_SIZE x MAX_SIZE pixels.", Range(64, 8192)] = 2048
     max_tile: Annotated[int, "Largest tile, and so a bound of the memory.", Range(64, 8192)] = 1024
     max_tiles: Annotated[int, "Most tiles of a painting.", Range(1, 100_000)] = 64
-    seconds: Annotated[float, "Most seconds that a painting may take.", Range(0, above=True)] = 300.0
+    seconds: Annotated[
+        float, "Most seconds to read a picture, and to paint it; waiting is not counted.", Range(0, above=True)
+    ] = 300.0
     upload_seconds: Annotated[float, "Most seconds that a request may take to arrive.", Range(0, above=True)] = 60.0
     keep_seconds: Annotated[float, "Seconds that a finished job is kept for its client.", Range(0, above=True)] = 600.0
     keep_bytes: Annotated[int, "Most bytes of finished jobs; the oldest are dropped.", Range(0)] = 256 * 2**20

@@ -86,9 +86,9 @@ class Event:
     """What happened to a `Work`."""
 
     kind: Literal["reading", "read", "begun", "progress", "done", "failed"]
-    """``read``: it waits for the engines; ``begun``: it is being painted; ``progress``: facts `step` and
-    `steps`, and a preview (WebP) or nothing; ``done``: facts of the painting, and its file; ``failed``: facts `error`,
-    a class of `lsast_engines.errors`, and `text`."""
+    """``reading``: its picture is decoded; ``read``: it waits for the engines; ``begun``: it is being painted;
+    ``progress``: facts `step` and `steps`, and a preview (WebP) or nothing; ``done``: facts of the painting, and its
+    file; ``failed``: facts `error`, a class of `lsast_engines.errors`, and `text`."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     blob: bytes = field(default=b"", repr=False)
 
@@ -253,7 +253,7 @@ class BatchPainter:
         return _webp(image)
 
     def record(self, data: bytes) -> dict[str, Any]:
-        """What the file of a painting says of its options, and of the styles by their fingerprints.
+        """The options of a painting and the name of its bundle, from its file.
 
         Raises:
             PictureError: no picture, or one without a record.

@@ -84,9 +84,11 @@ class EnginePool:
         self._opened = False
         self._changed = threading.Condition()
         self._turn: int | None = None
-        """The thread whose painting may use the engines; then those that wait for it, too, and those in a callback."""
+        """The thread that may use the engines."""
         self._threads: set[int] = set()
+        """This thread and those that wait for their turn."""
         self._callbacks: dict[int, float] = {}
+        """Threads in a callback, and since when."""
         self._executor: ThreadPoolExecutor | None = None
         self._async_lapsed: Callable[[], bool] = lambda: False
 

@@ -41,7 +41,11 @@ _calls = _Calls()
 
 @contextlib.contextmanager
 def native_call() -> Iterator[None]:
-    """The end of Python waits for the block, which must end by itself. Raises a `UsageError` if it has begun."""
+    """The end of Python waits for the block, which must end by itself.
+
+    Raises:
+        UsageError: Python has begun to end.
+    """
     with _counted(1):
         require_python()
         yield
@@ -49,8 +53,11 @@ def native_call() -> Iterator[None]:
 
 @contextlib.contextmanager
 def user_code() -> Iterator[None]:
-    """A block inside `native_call` that calls a function of the user, for which the end of Python does not wait; a
-    `UsageError` if it has begun meanwhile."""
+    """A block inside `native_call` that calls a function of the user, for which the end of Python does not wait.
+
+    Raises:
+        UsageError: Python has begun to end meanwhile.
+    """
     with _counted(-1):
         yield
     require_python()

@@ -80,7 +80,7 @@ def test_release_memory_of_a_large_bundle_gives_the_arena_back(toy, limit, kept,
     onnxruntime = pytest.importorskip("lsast_engines.backends.onnxruntime")
     monkeypatch.setattr(onnxruntime, "MAX_WEIGHT_BYTES", limit)
     spec = dataclasses.replace(toy.spec, name=DENOISER)  # only what runs at every step has an arena
-    # glibc keeps freed blocks of up to 32 MiB, if the process freed such a one before (mallopt(3)); all here are larger.
+    # glibc keeps freed blocks of up to 32 MiB if the process freed such a one before (mallopt(3)): these are larger.
     small, large = toy.feeds(), toy.feeds(1, 4 << 20)
     with contextlib.closing(open_engine(toy.path, spec, "onnxruntime", threads=1)) as engine:
         engine(small)

@@ -8,7 +8,7 @@ import pytest
 import lsast
 from lsast import Stylizer
 from lsast.request import Request
-from lsast.sampling.networks import Graph, decode, decode_rgb, embed_edges, encode
+from lsast.sampling.networks import CheckedEngine, decode, decode_rgb, embed_edges, encode
 from lsast.sampling.tiling import TileGrid, TileSpan, tiled_decoder, tiled_encoder
 from lsast_engines.bundle.bundle import EMBEDDED
 from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, VAE_DECODER, VAE_ENCODER
@@ -115,7 +115,7 @@ def test_tiled_networks_of_the_embedded_bundle_give_what_they_give_whole(mini):
     rgb = np.kron(rng.integers(0, 255, (24, 32, 3)), np.ones((16, 16, 1))).astype(np.uint8)  # 384 x 512
     grid = TileGrid.cover((384, 512), 320, 8)
     assert len(grid.columns) > 1 < len(grid.rows)
-    graphs = {name: Graph(engine) for name, engine in mini._pool.engines.items()}
+    graphs = {name: CheckedEngine(engine) for name, engine in mini._pool.engines.items()}
     edges = (rgb[None, ..., 0] > 127).astype(np.uint8)
     cond = partial(embed_edges, graphs[CONTROLNET_COND])
     np.testing.assert_allclose(tiled_encoder(cond, grid)(edges), cond(edges), atol=1e-4)

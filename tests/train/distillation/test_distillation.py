@@ -182,7 +182,7 @@ def test_read_style_refuses_another_base_baked_guidance_and_unknown_names(base, 
     file = tmp_path / "hand.safetensors"
     for changes, message in (
         ({"base": "ab" * 32}, "was learned on base abab"),
-        ({"meta": {"guidance_baked": "7"}}, "guidance 7 baked in already"),
+        ({"meta": {"guidance_baked": "7"}}, "distilled guidance 7 already"),
     ):
         replace(source, **changes).save(file)
         with pytest.raises(StyleError, match=message):

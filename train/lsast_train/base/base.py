@@ -106,7 +106,7 @@ class Base:
         """Store the weights of the U-Net's convolutions and linear layers in the type of autocast: half the memory.
 
         With mixed precision they are rounded at every call otherwise, so the results are the same; the norms keep
-        float32. The base serves no other precision any more. Without mixed precision nothing changes.
+        float32. The base then runs in this precision only. Without mixed precision nothing changes.
 
         Args:
             device: where the base will run; None is where it lies.
@@ -191,7 +191,7 @@ def autocast(device: torch.device, mixed_precision: MixedPrecision) -> torch.aut
 
 
 def autocast_dtype(device: torch.device, mixed_precision: MixedPrecision) -> torch.dtype | None:
-    """The type of autocast on `device`, None without; ``auto`` takes no bf16 of a processor that only imitates it."""
+    """The type of autocast on `device`, None without; ``auto`` takes no bf16 of a processor that only emulates it."""
     if mixed_precision == "auto":
         multiplies = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         mixed_precision = "bf16" if multiplies else "no"

@@ -55,7 +55,7 @@ def distill(
     threads: int | None,
     **chosen: Any,
 ) -> None:
-    """Bake guidance into a style: one pass a step gives what two give.
+    """Distill guidance into a style: one pass a step gives what two give.
 
     \b
       lsast-train distill --style vangogh --guidance 7 --images photos

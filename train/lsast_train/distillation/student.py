@@ -73,7 +73,7 @@ def read_style(name_or_path: str, base: Base, folder: Path | None = None) -> Sty
     style = Style.load(path)
     check_fingerprint(style.base, f"style file {path}", base.config.name, base.fingerprint, base.config.training)
     if (scale := style.meta.get(DISTILLED_GUIDANCE_KEY)) is not None:
-        raise StyleError(f"{path} has guidance {scale} baked in already; expected the style that it was distilled from")
+        raise StyleError(f"{path} has distilled guidance {scale} already; expected the style it was distilled from")
     return style
 
 

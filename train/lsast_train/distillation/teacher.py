@@ -121,8 +121,8 @@ class Teacher:
         unet, control = (rows[int(timestep[0]) * self.stages // self.noise.train_steps] for rows in self._rows)
         style, null, controls = (packed_kv(rows.expand(len(x), -1, -1)) for rows in (unet, self._null, control))
         residuals = base.control(x, time, controls, edges, self.options.control_scale)
-        plain, unguided = (base.eps(x, time, kv, residuals=residuals) for kv in (style, null))
-        return picture, timestep, latent, guide((unguided, plain), self.options.guidance).cpu(), plain.cpu()
+        cond, uncond = (base.eps(x, time, kv, residuals=residuals) for kv in (style, null))
+        return picture, timestep, latent, guide((uncond, cond), self.options.guidance).cpu(), cond.cpu()
 
     def _painted(self, contents: Contents, split: int) -> Iterator[tuple[torch.Tensor, ...]]:
         options = self.options

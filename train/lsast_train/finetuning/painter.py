@@ -94,8 +94,8 @@ class Painter:
             residuals = base.control(z, times, own, edges)
             eps = base.eps(z, times, own, residuals=residuals).float()
             if self.guidance != 1:
-                unguided = base.eps(z, times, null, residuals=residuals).float()
-                eps = guide(torch.stack([unguided, eps]), self.guidance)
+                uncond = base.eps(z, times, null, residuals=residuals).float()
+                eps = guide(torch.stack([uncond, eps]), self.guidance)
         level = base.config.noise.level(timestep)
         x0 = (z - level.sigma * eps) / level.alpha
         mean, std = x0.mean((2, 3), keepdim=True), x0.std((2, 3), correction=0, keepdim=True)

@@ -1,7 +1,7 @@
 """The step-aware and layer-aware prompt space: learnable matrices that become the contexts of cross-attention.
 
-A prompt is a context [T, dim] for one stage (a tenth of the noise schedule) and one layer group (`GROUPS`). It comes
-from a matrix P_k [tokens, dim]; `matrix_index` gives the k of a stage and group. With a `PlaceholderEncoder` the matrix
+Each stage (a tenth of the noise schedule) and layer group (`GROUPS`) has a context [T, dim]. It comes from a prompt
+matrix P_k [tokens, dim]; `matrix_index` gives the k of a stage and group. With a `PlaceholderEncoder` the matrix
 replaces the caption's placeholder, and the frozen text encoder gives the context; without one the matrix is the
 context, and both have equally many tokens.
 

@@ -160,7 +160,7 @@ class TrainingLoop:
         Args:
             train_step: takes the step of this number, counted from 0; returns its loss.
             evaluate: gets the mean loss since the evaluation before; appends to `history`.
-            agree: makes the signal of one process, or 0, that of all processes.
+            agree: takes the signal number of this process, or 0; returns the one on which all processes act.
 
         Raises:
             InterruptionError: SIGINT or SIGTERM; a checkpoint was written.

@@ -96,7 +96,7 @@ class RunResult:
     curve: Path
     steps: int
     best_step: int
-    """Step of the evaluation with the lowest held-out loss, whose values were kept."""
+    """Step of the evaluation with the lowest held-out loss, whose values were kept; of `finetune` the last step."""
     relative_loss: float
     """Its held-out loss relative to the start: to the initial prompts, or to the style without guidance."""
     seconds: float
@@ -105,8 +105,9 @@ class RunResult:
 
 Evaluation = dict[str, Any]
 """What was measured after a number of steps: ``step``; ``held_out`` and ``training``, mean squared errors of the noise
-on paintings that training never sees and on some that it does, one for each stage; ``loss``, the mean training loss
-since the evaluation before; ``learning_rate`` of the last step. The last two are None at step 0."""
+(`distill`: root mean squares to the teacher) on paintings that training never sees and on some that it does, one for
+each stage; ``loss``, the mean training loss since the evaluation before; ``learning_rate`` of the last step. The last
+two are None at step 0."""
 
 
 class LossCurve:

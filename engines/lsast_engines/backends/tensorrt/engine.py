@@ -151,7 +151,7 @@ class TensorRtEngine(Engine):
     """The compiled engine of the graph file `path` on the first GPU; `threads` has no effect.
 
     Raises:
-        MissingExtraError: the library or cuda-python is not installed.
+        MissingExtraError: the library or cuda-bindings is not installed.
         BackendError: no GPU, no matching engine (`find_engine`), or one that the library refuses.
     """
 
