@@ -4,9 +4,12 @@ import contextlib
 import ctypes
 import functools
 import io
+import os
 import re
 import sys
 import threading
+import weakref
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,17 +67,17 @@ class OpenVinoEngine(Engine):
                 f"openvino cannot compute in {compute_dtype} on {device} here; available: {', '.join(supported)}"
             )
         # By default OpenVINO computes in bf16 where the CPU supports it; results would depend on the machine by 1e-2.
+        self._threads = threads if device == "cpu" else None
         config: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": _PRECISION_HINTS[compute_dtype],
-            "PERFORMANCE_HINT": "LATENCY",
+            **_threading(self._threads),
         }
-        if threads is not None and device == "cpu":
-            config["INFERENCE_NUM_THREADS"] = threads
         if compute_dtype != "fp32" and device == "cpu":
             # What OpenVINO 2026.4.1 keeps of a first picture of 64 x 64 pixels gives NaN for larger ones in bf16.
             config["CPU_RUNTIME_CACHE_CAPACITY"] = 0
         self._pages = MmapPages(path.parent)
         self._model: Any = None
+        _holders.clear()
 
         def load(entry: Path) -> Any:
             return core.import_model(io.BytesIO((entry / _BLOB).read_bytes()), "CPU", config)
@@ -108,6 +111,8 @@ class OpenVinoEngine(Engine):
         with self._pages.advise_dontneed():
             self._request: Any = self._compiled.create_infer_request()
         self._shapes: list[tuple[int, ...]] = []
+        _open.add(self)
+        _most[self._threads] = max(_most[self._threads], sum(engine._threads == self._threads for engine in _open))
 
     def _bind(self, feeds: dict[str, Array]) -> None:
         openvino = import_library("openvino")
@@ -151,7 +156,43 @@ class OpenVinoEngine(Engine):
         self._compiled.release_memory()
 
     def _close(self) -> None:
+        _open.discard(self)
         self._request = self._compiled = self._model = None
+
+
+_open: weakref.WeakSet[OpenVinoEngine] = weakref.WeakSet()
+_most: Counter[int | None] = Counter()
+"""The most engines that were open at once, by their number of threads."""
+_holders: list[tuple[int | None, Any]] = []
+"""Small models, by their number of threads."""
+
+
+def _threading(threads: int | None) -> dict[str, Any]:
+    """How a model computes; None leaves the number of threads to OpenVINO."""
+    return {"PERFORMANCE_HINT": "LATENCY", **({} if threads is None else {"INFERENCE_NUM_THREADS": threads})}
+
+
+def _before_fork() -> None:
+    """Let small models hold the threads of closed engines, which OpenVINO keeps for engines with as many threads: a
+    forked process would be given them without the threads, and wait for ever (OpenVINO 2026.4.1)."""
+    held = Counter(engine._threads for engine in _open) + Counter(threads for threads, _ in _holders)
+    for threads in (_most - held).elements():
+        openvino = import_library("openvino")
+        x = openvino.op.Parameter(openvino.Type.f32, openvino.PartialShape([1]))
+        model = shared_core(openvino).compile_model(openvino.Model([x], [x]), "CPU", _threading(threads))
+        _holders.append((threads, model))
+
+
+def _after_fork() -> None:
+    for _, model in _holders:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(model))  # never freed: that would wait for the threads
+    _holders.clear()
+    _open.clear()
+    _most.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
 @functools.cache

@@ -73,6 +73,13 @@ def child(**options):
     return found
 expected = digest(style="monet", seed=3)
 assert child(style="monet", seed=3) == expected
+# What the threads of closed engines leave behind is no use to the child's.
+for number in range(2):
+    closed = lsast.load(bundle, backend=backend)
+    if number:
+        closed.close()
+del closed
+assert child(style="monet", seed=3) == expected
 # A fork while another thread holds the turn: the child's turn is its own.
 begun, go_on = threading.Event(), threading.Event()
 def hold(step, total, preview):
