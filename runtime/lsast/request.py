@@ -56,7 +56,7 @@ class Request:
         self.options = options
         self.styles = styles
         self.seconds: dict[str, float] = {}
-        self._bundle = bundle
+        self.bundle = bundle
         self._temporal = temporal
         self._schedule = make_schedule(bundle, options)
         with self._timed("read"):
@@ -88,16 +88,16 @@ class Request:
         return self._canvas.outer
 
     @property
-    def batch_key(self) -> Hashable:
-        """Requests with equal keys can share a batch."""
-        options, steps = self.options, len(self._schedule.steps)
-        shared = (options.tile, options.cache_interval, options.control_scale, options.decoder)
-        return self.canvas_size, steps, options.guidance != 1, shared
+    def batch_key(self) -> tuple[tuple[str, Hashable], ...]:
+        """Requests with equal keys can share a batch; names and values of what must be equal."""
+        facts = {"painted size": self.canvas_size, "steps": len(self._schedule.steps)}
+        shared = {name: getattr(self.options, name) for name in ("tile", "cache_interval", "control_scale", "decoder")}
+        return (*facts.items(), ("guidance of 1", self.options.guidance == 1), *shared.items())
 
     @property
     def grid(self) -> TileGrid | None:
         """The tiles of the canvas; None if it is painted whole."""
-        manifest, (height, width) = self._bundle.manifest, self.canvas_size
+        manifest, (height, width) = self.bundle.manifest, self.canvas_size
         side = -(-self.options.tile // manifest.multiple) * manifest.multiple
         if side == 0 or height * width <= WHOLE_UP_TO * side * side:
             return None
@@ -108,7 +108,7 @@ class Request:
         mix = Mix.parse(self.options.style)
         style: StyleFile | MixedStyle = self.styles[mix.terms[0].style]
         if not mix.is_single:
-            style = MixedStyle(mix, self.styles, self._bundle.null_style, self._bundle.manifest.attention_layers)
+            style = MixedStyle(mix, self.styles, self.bundle.null_style, self.bundle.manifest.attention_layers)
         return Sample(
             picture=self._content,
             edges=self._edges,
@@ -128,7 +128,7 @@ class Request:
 
     def _blends(self, z0: Floats) -> list[X0Blend]:
         """What a mask and a video blend x0 with, given the picture's latent z0 [4, h, w]."""
-        factor, blends = self._bundle.manifest.geometry.factor, []
+        factor, blends = self.bundle.manifest.geometry.factor, []
         if self._mask is not None:
             blends.append(X0Blend(z0, 1 - to_latent_mask(self._canvas.pad(self._mask), factor)))
         if self._temporal and (blend := self._temporal.begin(self._content, factor)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -233,7 +234,7 @@ class Stylizer:
         return self._request(picture, {**options, "mask": mask})
 
     def paint(
-        self, requests: Sequence[Request], on_step: OnStep | None = None, cancel: CancelToken | None = None
+        self, requests: Iterable[Request], on_step: OnStep | None = None, cancel: CancelToken | None = None
     ) -> list[Result]:
         """Paint a batch: the second half of `stylize`, and all of it that needs the engines.
 
@@ -244,7 +245,21 @@ class Stylizer:
 
         Returns:
             The paintings in the order of the requests. The `seconds` of a batch are divided by its pictures.
+
+        Raises:
+            UsageError: requests of more than one `batch_key`, or of another bundle.
         """
+        batching.require_iterable("requests", requests)
+        requests = [*requests]
+        if strange := [type(entry).__name__ for entry in requests if not isinstance(entry, Request)]:
+            raise UsageError(f"found {strange[0]} in requests; expected what Stylizer.request gives")
+        if any(request.bundle.manifest != self.bundle.manifest for request in requests):
+            raise UsageError("found a request of another bundle; expected those of this stylizer")
+        found = Counter(name for name, _ in {pair for request in requests for pair in request.batch_key})
+        if unlike := sorted(name for name, values in found.items() if values > 1):
+            raise UsageError(
+                f"found requests that differ in {', '.join(unlike)}; expected one batch_key: paint them in two calls"
+            )
         if not (on_step is None or callable(on_step)):
             raise UsageError(f"found {type(on_step).__name__} as on_step; expected a function of three arguments")
         if not isinstance(cancel, (CancelToken, type(None))):
@@ -294,6 +309,8 @@ class Stylizer:
         Arguments and errors as of `stylize`, but no `cancel`; `on_step` is called in another thread, from which
         `loop.call_soon_threadsafe` leads back.
         """
+        if options.get("cancel") is not None:
+            raise UsageError("found cancel in stylize_async; expected none: cancel the task instead")
         paint = partial(self.stylize, picture, style, **options)
         return await self._pool.run_async(lambda cancel: paint(cancel=cancel))
 
@@ -325,7 +342,8 @@ class Stylizer:
             of a batch are divided by its pictures.
 
         Raises:
-            LsastError: see `stylize`; raised in the place of its picture, and ends the stream.
+            LsastError: see `stylize`; raised in the place of its picture, and ends the stream, as an exception of
+                `pictures` itself is and does.
             UsageError: a batch below 1, or fewer or more styles or rows than pictures.
         """
         rule = Rule(int, "", range=Range(1))
@@ -361,6 +379,9 @@ class Stylizer:
         """
         from .video.optical_flow import TemporalState
 
+        batching.require_iterable("frames", frames)
+        if not isinstance(temporal, (TemporalState, type(None))):
+            raise UsageError(f"found {type(temporal).__name__} as temporal; expected a TemporalState, or None")
         temporal = temporal or TemporalState()
         for frame in frames:
             yield self.paint([self._request(frame, {**options, "style": style}, temporal)], on_step, cancel)[0]

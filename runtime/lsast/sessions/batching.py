@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lsast_engines.errors import LsastError, UsageError
+from lsast_engines.errors import UsageError
 
 if TYPE_CHECKING:
     from ..request import Picture, Request
@@ -21,19 +21,25 @@ Job = tuple["Picture", Mapping[str, Any]]
 """A picture and its own options."""
 
 
+def require_iterable(name: str, values: object) -> None:
+    """Raise a `UsageError` for an argument that is no list, nor anything else to iterate over; texts and bytes are
+    refused, too."""
+    if not isinstance(values, Iterable) or isinstance(values, (str, bytes, bytearray)):
+        raise UsageError(f"found {type(values).__name__} as {name}; expected a list, or anything to iterate over")
+
+
 def jobs(
     pictures: Iterable[Picture], styles: str | Iterable[str | None] | None, rows: Iterable[Mapping[str, Any]] | None
 ) -> Iterator[Job]:
     """Every picture with its own options, see `Stylizer.stylize_many`; a `UsageError` where the shorter of pictures,
     styles and rows ends."""
-    for name, column in {"pictures": pictures, "styles": styles or (), "rows": rows or ()}.items():
-        if not isinstance(column, Iterable) or (name == "pictures" and isinstance(column, (str, bytes, bytearray))):
-            raise UsageError(f"found {type(column).__name__} as {name}; expected a list, or anything to iterate over")
     columns: dict[str, Iterable[Any]] = {"pictures": pictures}
     if styles is not None and not isinstance(styles, str):
         columns["styles"] = styles
     if rows is not None:
         columns["rows"] = rows
+    for name, column in columns.items():
+        require_iterable(name, column)
     for count, values in enumerate(itertools.zip_longest(*columns.values(), fillvalue=_MISSING)):
         found = dict(zip(columns, values, strict=True))
         ended = [name for name, value in found.items() if value is _MISSING]
@@ -53,11 +59,11 @@ def stream(
     batch: int,
 ) -> Iterator[Result]:
     """Paint the jobs of `source` in batches of at most `batch`, and yield the results in the order of the jobs. `paint`
-    gets requests of one `batch_key`. An `LsastError` of `source` or `read` is raised after the results of earlier jobs,
-    an error of `paint` at the first picture of its batch."""
+    gets requests of one `batch_key`. An error of `source` or `read` is raised after the results of earlier jobs, one of
+    `paint` at the first picture of its batch."""
     window: list[tuple[Request, list[Result]]] = []
     """Requests in the order of the pictures, and their results: none yet, or one."""
-    error: LsastError | None = None
+    error: Exception | None = None
     more = True
 
     def first_batch() -> list[tuple[Request, list[Result]]]:
@@ -71,7 +77,7 @@ def stream(
                 window.append((read(*next(source)), []))
             except StopIteration:
                 more = False
-            except LsastError as found:
+            except Exception as found:
                 more, error = False, found
         if entries := first_batch():
             for (_, results), result in zip(entries, paint([request for request, _ in entries]), strict=True):

@@ -9,6 +9,7 @@ import pytest
 import lsast
 from lsast import PictureError, Stylizer, UsageError
 from lsast.sessions import batching
+from lsast_engines.bundle.location import EMBEDDED
 
 
 @pytest.fixture
@@ -91,21 +92,26 @@ def test_stylize_many_reads_no_further_ahead_than_it_must(stylizer):
 
 
 def test_stylize_many_raises_an_error_at_its_pictures_place(stylizer, photo):
-    stream = stylizer.stylize_many([photo, photo, b"no picture", photo], batch=4)
-    assert [type(next(stream)) for _ in range(2)] == [lsast.Result] * 2
-    with pytest.raises(PictureError):
-        next(stream)
-    with pytest.raises(StopIteration):
-        next(stream)
+    def broken() -> Iterator[np.ndarray]:
+        yield from (photo, photo)
+        raise ZeroDivisionError
+
+    for pictures, error in (([photo, photo, b"no picture", photo], PictureError), (broken(), ZeroDivisionError)):
+        stream = stylizer.stylize_many(pictures, batch=4)
+        assert [type(next(stream)) for _ in range(2)] == [lsast.Result] * 2
+        with pytest.raises(error):
+            next(stream)
+        with pytest.raises(StopIteration):
+            next(stream)
 
 
 def test_stylize_many_prefers_a_rows_options(stylizer, photo):
-    results = stylizer.stylize_many(
-        [photo] * 3, ["vangogh", None, "monet"], rows=[{}, {"seed": 2}, {"style": "vangogh"}], style="monet", seed=1
-    )
-    assert [(result.options.style, result.options.seed) for result in results] == [
-        ("vangogh", 1), ("monet", 2), ("vangogh", 1),
-    ]  # fmt: skip
+    styles, rows = ["vangogh", None, "monet"], [{}, {"seed": 2}, {"style": "vangogh"}]
+    for columns in ((styles, rows), (np.array(styles), np.array(rows))):
+        results = stylizer.stylize_many([photo] * 3, columns[0], rows=columns[1], style="monet", seed=1)
+        assert [(result.options.style, result.options.seed) for result in results] == [
+            ("vangogh", 1), ("monet", 2), ("vangogh", 1),
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -128,6 +134,33 @@ def test_stylize_many_of_nothing_is_empty_and_of_no_list_or_in_batches_of_0_is_r
     for pictures in ("photo.png", b"photo", None):
         with pytest.raises(UsageError, match=f"found {type(pictures).__name__} as pictures; expected a list"):
             list(stylizer.stylize_many(pictures))
+        with pytest.raises(UsageError, match=f"found {type(pictures).__name__} as frames; expected a list"):
+            next(stylizer.stylize_frames(pictures))
+    with pytest.raises(UsageError, match="found int as rows; expected a list"):
+        list(stylizer.stylize_many([], rows=3))
+    with pytest.raises(UsageError, match="found int as temporal"):
+        next(stylizer.stylize_frames([], temporal=3))
     for batch in (0, float("nan")):
         with pytest.raises(UsageError, match=f"found a batch of {batch}"):
             stylizer.stylize_many([], batch=batch)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        ({"control_scale": 0.5, "guidance": 1.0}, "differ in control_scale, guidance of 1; expected one batch_key"),
+        ({"size": 64, "steps": 20, "cache_interval": 2}, "differ in cache_interval, painted size, steps;"),
+        (3, "found int in requests"),
+    ],
+)
+def test_paint_of_requests_that_share_no_batch_raises(stylizer, photo, others, words):
+    other = stylizer.request(photo, **others) if isinstance(others, dict) else others
+    with pytest.raises(UsageError, match=words):
+        stylizer.paint(request for request in (stylizer.request(photo), other))
+
+
+def test_paint_of_a_request_of_another_bundle_raises(stylizer, photo):
+    with lsast.load(EMBEDDED, options={}) as mini, pytest.raises(UsageError, match="a request of another bundle"):
+        stylizer.paint([mini.request(photo, size=64)])
+    with pytest.raises(UsageError, match="found int as requests"):
+        stylizer.paint(3)

@@ -83,6 +83,8 @@ def test_stylize_async_gives_the_same_without_blocking_the_loop(stylizer, photo)
 
     with pytest.raises(UsageError, match="picasso"):
         asyncio.run(stylizer.stylize_async(photo, "picasso"))
+    with pytest.raises(UsageError, match="found cancel in stylize_async; expected none: cancel the task instead"):
+        asyncio.run(stylizer.stylize_async(photo, cancel=lsast.CancelToken()))
     for style, result in zip(STYLES, asyncio.run(paint()), strict=True):
         np.testing.assert_array_equal(result.image, stylizer.stylize(photo, style, seed=3).image)
     assert ticks > 10
