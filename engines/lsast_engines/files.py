@@ -233,7 +233,7 @@ def cache_home() -> Path:
     `NOWHERE` for a user without a home, or who may not look into it: containers run as a number, with the home of root.
 
     Raises:
-        UsageError: ``LSAST_HOME`` is in the home of an unknown user, or may not be looked into.
+        UsageError: ``LSAST_HOME`` is in the home of an unknown user, a file, or may not be looked into.
     """
     return _home("XDG_CACHE_HOME", ".cache")
 
@@ -255,13 +255,14 @@ def _home(variable: str, default: str) -> Path:
     try:
         # The XDG specification has relative ones ignored.
         folder = Path(base) / "lsast" if os.path.isabs(base) else Path.home() / default / "lsast"
-        _look_into(folder)
+        with contextlib.suppress(NotADirectoryError):  # told where something is written to it
+            _look_into(folder)
     except (RuntimeError, OSError):  # neither HOME nor an entry in the list of users; or the home of another user
         return NOWHERE
     return folder
 
 
 def _look_into(folder: Path) -> None:
-    """Raises OSError for a folder that this user may not look into; not for one that is not there."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    """Raises OSError for a file, or a folder that this user may not look into; not for one that is not there."""
+    with contextlib.suppress(FileNotFoundError):
         os.stat(folder / "anything")

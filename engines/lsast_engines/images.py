@@ -323,6 +323,9 @@ def import_opencv() -> Any:
 
     The import puts a folder of OpenCV and the current one at the front of ``LD_LIBRARY_PATH``, so that programs which
     the process starts would look there for their libraries.
+
+    Raises:
+        LsastError: it cannot be imported.
     """
     if _opencv:  # without the lock, which another thread may hold in the moment of a fork
         return _opencv[0]
@@ -330,6 +333,9 @@ def import_opencv() -> Any:
         before = os.environ.get(_LIBRARY_PATH)
         try:
             _opencv.append(importlib.import_module("cv2"))
+        except ImportError as error:
+            mend = "install it with: pip install opencv-python-headless"
+            raise LsastError(f"OpenCV cannot be imported ({error}); {mend}") from error
         finally:
             if before is None:
                 os.environ.pop(_LIBRARY_PATH, None)

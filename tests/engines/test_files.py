@@ -81,9 +81,11 @@ def test_homes_follow_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", too_long)
     monkeypatch.setenv("HOME", too_long)
     assert cache_home() == data_home() == NOWHERE
-    monkeypatch.setenv("LSAST_HOME", too_long)
-    with pytest.raises(UsageError, match=r"found LSAST_HOME=.* \(.*\); expected a folder"):
-        cache_home()
+    (tmp_path / "file").touch()
+    for wrong in (too_long, str(tmp_path / "file")):
+        monkeypatch.setenv("LSAST_HOME", wrong)
+        with pytest.raises(UsageError, match=r"found LSAST_HOME=.* \(.*\); expected a folder"):
+            cache_home()
 
 
 def test_replace_file_never_touches_the_umask(tmp_path, monkeypatch, umask):

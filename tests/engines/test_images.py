@@ -17,8 +17,8 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 
 from hostile import png_file
-from lsast_engines.errors import PictureError
-from lsast_engines.images import canny_edges, find_pictures, read_picture
+from lsast_engines.errors import LsastError, PictureError
+from lsast_engines.images import canny_edges, find_pictures, import_opencv, read_picture
 
 U8 = npt.NDArray[np.uint8]
 
@@ -367,6 +367,13 @@ def test_read_picture_of_heif_names_the_library_it_needs():
         pytest.skip("pillow-heif is installed")
     with pytest.raises(PictureError, match="pip install pillow-heif"):
         read_picture(b"\0\0\0\x18ftypheic" + bytes(20))
+
+
+def test_import_opencv_without_it_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("lsast_engines.images._opencv", [])
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(LsastError, match=r"OpenCV cannot be imported .*; install it with: pip install opencv-python"):
+        import_opencv()
 
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])

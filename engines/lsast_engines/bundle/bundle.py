@@ -33,7 +33,7 @@ from .location import MANIFEST, is_file
 from .location import bundle_names as bundle_names
 from .location import find_bundle as find_bundle
 from .manifest import FileEntry, Manifest
-from .style import Style, StyleFile
+from .style import Style, StyleFile, style_name_faults
 
 NULL_STYLE_FILE = "null.safetensors"
 STYLES, PROMPTS = "styles", "prompts"
@@ -146,7 +146,8 @@ class Bundle:
         if name not in styles:
             base = "" if self.path == EMBEDDED else f" --base {self.path}"
             make = f"; learn it with: lsast-train --style {name} --images DIR{base}, and then bake it with: "
-            near = did_you_mean(name, styles) or f"{make}lsast-export --style {name}{base}"
+            make = "" if style_name_faults(name) else f"{make}lsast-export --style {name}{base}"
+            near = did_you_mean(name, styles) or make
             available = ", ".join(styles) or "none"
             raise UnknownStyleError(f"found no style {name!r} for the bundle {self.path}; available: {available}{near}")
         style = StyleFile(styles[name])

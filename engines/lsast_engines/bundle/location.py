@@ -23,9 +23,10 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
     Raises:
         BundleError: no bundle found; the message lists the folders that were searched.
     """
-    if not isinstance(name_or_path, (str, os.PathLike, type(None))):
-        raise BundleError(f"found {type(name_or_path).__name__} as bundle; expected a folder or a name")
-    wanted = name_or_path or os.environ.get("LSAST_BUNDLE") or EMBEDDED
+    if not isinstance(name_or_path, (str, os.PathLike, type(None))) or name_or_path == "":
+        found = "an empty text" if isinstance(name_or_path, str) else type(name_or_path).__name__
+        raise BundleError(f"found {found} as bundle; expected a folder or a name")
+    wanted = os.environ.get("LSAST_BUNDLE") or EMBEDDED if name_or_path is None else name_or_path
     folder = Path(os.path.expanduser(wanted))  # that of pathlib raises an error for an unknown user
     candidates = [folder]
     if folder.name == str(wanted) and not is_file(folder / MANIFEST):

@@ -118,7 +118,7 @@ def test_bundle_styles_lists_and_checks_its_own(bundle, make_style, caplog):
         UsageError, match=r"found no style 'c' for .*; available: a, b; learn it with: .*lsast-export --style c"
     ):
         bundle.style("c")
-    with pytest.raises(UsageError, match="found no style"):
+    with pytest.raises(UsageError, match=r"found no style '\.\./null' for .*; available: a, b$"):  # nobody can learn it
         bundle.style("../null")
     make_style("b", base="cd" * 32, stages=1, tokens=2).save(bundle.path / "styles" / "b.safetensors")
     with pytest.raises(StyleError) as error:
@@ -255,6 +255,8 @@ def test_find_bundle_searches_folders_in_order(tmp_path, monkeypatch):
     for name in ("x" * 300, "~no-such-user-of-ours/x", "a\0b"):
         with pytest.raises(BundleError, match="found no bundle"):
             find_bundle(name)
+    with pytest.raises(BundleError, match="found an empty text as bundle; expected a folder or a name"):
+        find_bundle("")
     package = tmp_path / "package" / "mini"
     monkeypatch.setattr("lsast_engines.bundle.location.EMBEDDED", package)
     with pytest.raises(BundleError, match=str(package)):
