@@ -36,6 +36,13 @@ class Range:
         return f"0, or {span}" if self.or_zero else span
 
 
+class _Huge(float):
+    """An infinity in the place of a number that is no float."""
+
+    def __repr__(self) -> str:
+        return f"a number {'below -' if self < 0 else 'above '}1.8e308"
+
+
 @dataclass(frozen=True)
 class Rule:
     """What an option may be and what it does, read off its declaration."""
@@ -75,7 +82,7 @@ class Rule:
             try:
                 number = float(value)
             except OverflowError:  # what is no float has no place in JSON, and beyond 4 300 digits no text
-                return -math.inf if value < 0 else math.inf
+                return _Huge(-math.inf if value < 0 else math.inf)
             return int(value) if isinstance(value, numbers.Integral) else number
         if self.type is bool:
             import numpy as np  # only for a value that is no bool of Python

@@ -17,7 +17,7 @@ from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DEC
 from lsast_engines.bundle.manifest import QUANTIZED
 from lsast_engines.bundle.style import StyleFile
 from lsast_engines.diffusion import TimestepSchedule
-from lsast_engines.errors import BundleError, UnknownStyleError, UsageError, did_you_mean, fault_list
+from lsast_engines.errors import BundleError, Lines, UnknownStyleError, UsageError, did_you_mean, fault_list
 from lsast_engines.images import canny_edges, on_white, read_picture
 
 from .images.canvas import Canvas, Pixels, Previewer, released_edge_input, resize
@@ -167,11 +167,10 @@ def resolve_options(
     `StyleError` where a style's file is damaged, or was made for another base; a `BundleError` where the bundle lacks
     graphs that the options need."""
     given, manifest = current_options({name: given[name] for name in given if name != "mask"}), bundle.manifest
-    if unknown := [f"{name!r}{did_you_mean(name, rules())}" for name in given if name not in rules()]:
-        raise UsageError(fault_list(f"found no such options; expected {', '.join(rules())}:", unknown))
+    names = f"; expected {', '.join(rules())}"
+    faults = [f"{name}: unknown{did_you_mean(name, rules()) or names}" for name in given if name not in rules()]
     terms: tuple[Term, ...] = ()
     styles: dict[str, StyleFile] = {}
-    no_style: UsageError | None = None
     style = manifest.defaults["style"] if given.get("style") is None else given["style"]
     if isinstance(style, str):
         with contextlib.suppress(UsageError):  # `Options` reports a syntax error, together with all other faults
@@ -180,10 +179,20 @@ def resolve_options(
         try:
             styles[term.style] = styles.get(term.style) or open_style(term.style)
         except UnknownStyleError as error:
-            no_style = no_style or syntax_error(f"{error}", rules()["style"].plain(style), term.column)
-    options = Options.resolve(given, manifest.defaults, styles, preset)
-    if no_style:
-        raise no_style
+            if given.get("style") is None:  # the default of a bundle that was written without a style is no style
+                faults.append(
+                    f"style: found none; expected one of {', '.join(bundle.styles()) or 'those of lsast-train'}"
+                )
+            else:
+                pointed = syntax_error(f"{error}", rules()["style"].plain(style), term.column)
+                faults.append(Lines(f"style: {pointed!s}"))
+    try:
+        known = {name: given[name] for name in given if name in rules()}
+        options = Options.resolve(known, manifest.defaults, styles, preset)
+    except UsageError as error:
+        raise UsageError(fault_list(Lines(error), faults)) from None
+    if faults:
+        raise UsageError(fault_list("invalid options:", faults))
     Mix.parse(options.style).check_stages(manifest.stages)
     require_graphs(bundle, options)
     make_schedule(bundle, options)

@@ -57,6 +57,7 @@ class _Arguments:
 
     backend: str
     device: str
+    threads: Annotated[int | None, Range(1, 4096)]
     compute_dtype: str
     style_memory: Annotated[float, Range(0)]
     build: bool
@@ -98,8 +99,8 @@ def load(
             others when a painting needs them.
 
     Raises:
-        UsageError: arguments of another type or out of range, all at once; more threads than a backend takes, an
-            unknown dtype, `build` with a backend that needs none, or invalid `options`.
+        UsageError: arguments of another type or out of range, all at once; an unknown dtype, `build` with a backend
+            that needs none, or invalid `options`.
         StyleError: the file of a style in `options` is damaged.
         BundleError: there is no such bundle, it is damaged, or lacks graphs that `options` need.
         BackendError: the backend, the device or the dtype is not available here; the message lists what is.
@@ -107,7 +108,10 @@ def load(
     """
     compute_dtype = "auto" if compute_dtype is None else compute_dtype  # None was the default of earlier versions
     given = {name: rule.plain(value) for name, value in locals().items() if (rule := rules_of(_Arguments).get(name))}
-    if faults := option_faults(_Arguments, given):
+    faults = option_faults(_Arguments, given)
+    if not isinstance(options, (Mapping, type(None))):
+        faults.append(f"options: found {type(options).__name__}; expected a dict of arguments of stylize")
+    if faults:
         raise UsageError(fault_list("invalid arguments of load:", faults))
     found = Bundle.open(find_bundle(bundle))
     if (stored := found.manifest.storage_dtype) in QUANTIZED and compute_dtype == "fp16":  # was not tried
@@ -115,8 +119,6 @@ def load(
             f"found compute_dtype fp16 for {found.path}, which is stored in {stored}; "
             "expected fp32, or bf16 with OpenVINO: leave the option out"
         )
-    if not isinstance(options, (Mapping, type(None))):
-        raise UsageError(f"found {type(options).__name__} as options; expected a dict of arguments of stylize")
     if options is not None:
         resolve_options(found, options, preset, found.open_style)
     graphs = first_graphs(found, {"preset": preset, **(options or {})})
@@ -124,7 +126,7 @@ def load(
         from .sessions.build_engines import build_engines
 
         build_engines(found, backend.lower(), "fp16" if compute_dtype == "auto" else compute_dtype, graphs)
-    pool = EnginePool(found, backend, device, threads, compute_dtype, graphs, style_memory)
+    pool = EnginePool(found, backend, device, given["threads"], compute_dtype, graphs, style_memory)
     return Stylizer(pool, preset, max_megapixels)
 
 

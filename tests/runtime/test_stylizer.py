@@ -63,8 +63,35 @@ def test_stylize_refuses_removed_options_by_name(stylizer, photo):
     assert all(f"  - {name} was removed" in str(caught.value) for name in old)
     with pytest.raises(UsageError, match="control_low was removed"):
         list(stylizer.stylize_many([photo], **old))
-    with pytest.raises(UsageError, match="'colour'"):
-        stylizer.stylize(photo, colour="red")
+
+
+def test_stylize_names_unknown_options_styles_presets_and_values_at_once(stylizer, photo):
+    with pytest.raises(UsageError) as caught:
+        stylizer.stylize(photo, "picasso+degas", steps=0, preset="sdxl", stepps=1, colour="red")
+    heading, *lines = str(caught.value).split("\n")
+    assert heading == "invalid options:"
+    faults = [line.split("; ")[0] for line in lines if line.startswith("  - ")]
+    assert faults[:3] == ["  - steps: found 0", "  - preset: found 'sdxl'", "  - stepps: unknown"]
+    assert faults[3] == "  - colour: unknown"
+    assert [fault.split(" for ")[0] for fault in faults[4:]] == [
+        "  - style: found no style 'picasso'", "  - style: found no style 'degas'",
+    ]  # fmt: skip
+
+
+def test_load_names_all_wrong_arguments_at_once(bundle_path):
+    for threads in (0, 10**12, 1.5, 2.0, True, "2"):
+        with pytest.raises(UsageError) as caught:
+            lsast.load(bundle_path, backend=3, threads=threads, options=5)
+        assert [line.split(";")[0] for line in str(caught.value).split("\n")[1:]] == [
+            "  - backend: found 3", f"  - threads: found {threads!r}", "  - options: found int",
+        ]  # fmt: skip
+    lsast.load(bundle_path, threads=np.int64(1)).close()  # backends refuse whole numbers of NumPy
+
+
+def test_stylize_without_a_style_or_a_default_lists_the_styles(stylizer, photo, monkeypatch):
+    monkeypatch.setitem(stylizer.bundle.manifest.defaults, "style", "none")  # as export_bundle writes it without one
+    with pytest.raises(UsageError, match=r"style: found none; expected one of monet, vangogh$"):
+        stylizer.stylize(photo)
 
 
 WRONG = [[], {}, object(), b"x", math.nan, 10**5000, -1, 1j, {1}, np.zeros(3), Fraction(10**400), "?", Decimal(1)]

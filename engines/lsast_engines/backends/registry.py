@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..bundle.graph_spec import GraphSpec
-from ..declared_options import Range, Rule
 from ..environment import core_limit
 from ..errors import BackendError, LsastError, MissingExtraError, UsageError, enough_memory, install_command
 from ..removed import removal
@@ -109,23 +108,18 @@ def open_engine(
         backend: a key of `EXTRAS`, or ``auto``: the first that is installed, has the device and supports the compute
             dtype.
         device: ``cpu``, ``cuda``, …, or ``auto``: the GPU for TensorRT, the CPU for the others.
-        threads: CPU threads; None is the backend's default, and `core_limit` where that is less.
+        threads: CPU threads, 1 to 4096; None is the backend's default, and `core_limit` where that is less.
         compute_dtype: None is fp32, and on GPUs fp16. ONNX Runtime computes in fp32, and on GPUs in fp16, too;
             OpenVINO supports what the device does, TensorRT engines what they were compiled in.
         cache: folder for weights converted to float32; None is the user's cache folder (`fp32_weights`).
 
     Raises:
-        UsageError: fewer threads than 1 or more than 4096, an unknown compute dtype, or a removed option.
+        UsageError: an unknown compute dtype, or a removed option.
         MissingExtraError: no backend is installed.
         BackendError: the backend, device or compute dtype is not available (the message lists what is), or the file
             cannot be loaded or has other inputs and outputs.
         OutOfMemoryError: there is not enough memory.
     """
-    if threads is not None:
-        rule = Rule(int, "", range=Range(1, 4096))
-        threads = rule.plain(threads)  # backends refuse whole numbers of NumPy
-        if not rule.accepts(threads):
-            raise UsageError(f"found {threads!r} threads; expected {rule.expected}")
     backend, device, compute_dtype = find_backend(backend, device, compute_dtype)
     if not path.is_file():
         raise BackendError(f"found no graph file {path}; export the bundle again")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lsast_engines.declared_options import Range, Rule, option_faults, rules_of
-from lsast_engines.errors import Lines, UsageError, did_you_mean, fault_list
+from lsast_engines.errors import Lines, UsageError, fault_list
 from lsast_engines.removed import REMOVED_OPTIONS, RENAMED_OPTIONS, RENAMED_VALUES
 
 from .style_mix import Mix
@@ -165,8 +165,9 @@ class Options:
         files = styles or {}
         first, *others = [file.defaults for file in files.values()] or [{}]
         common = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
-        overrides = _distilled_overrides(files, given) | _palette_overrides(files, given)
-        return cls(**{**defaults, **common, **preset_options(preset), **overrides, **given, "preset": preset})
+        values = {**defaults, **common, **preset_options(preset), **given, "preset": preset}
+        cls(**values)  # what is wrong by itself is told before what is in conflict with a style
+        return cls(**values | _distilled_overrides(files, given) | _palette_overrides(files, given))
 
 
 def rules() -> Mapping[str, Rule]:
@@ -175,13 +176,9 @@ def rules() -> Mapping[str, Rule]:
 
 
 def preset_options(name: str | None) -> dict[str, Any]:
-    """The options of a preset, none for None; a `UsageError` where there is no such preset."""
-    if name is None:
-        return {}
+    """The options of a preset; none for None, nor for what is no preset, which `Options` refuses."""
     name = rules()["preset"].plain(name)
-    if not isinstance(name, str) or name not in PRESETS:
-        raise UsageError(f"found preset {name!r}; expected one of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
-    return PRESETS[name]
+    return PRESETS.get(name, {}) if isinstance(name, str) else {}
 
 
 def current_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,7 +209,7 @@ def _distilled_overrides(files: Mapping[str, StyleFile], given: Mapping[str, Any
             f"found a mix of styles with unequal distilled guidance ({listed}); expected the same in all, or none: "
             "distill it with lsast-train distill --style NAME --guidance G, or mix the styles that these were made from"
         )
-    if isinstance(guidance := given.get("guidance"), (int, float)) and guidance != 1:
+    if (guidance := given.get("guidance", 1)) != 1:
         raise UsageError(
             f"found guidance {guidance} for a style with distilled guidance ({listed}); expected 1, or none: "
             "a pass without guidance already has it; for another scale take the style that it was made from"
@@ -223,7 +220,7 @@ def _distilled_overrides(files: Mapping[str, StyleFile], given: Mapping[str, Any
 def _palette_overrides(files: Mapping[str, StyleFile], given: Mapping[str, Any]) -> dict[str, Any]:
     """Palette 0 where a style holds no statistics of the artist's latents."""
     missing = [name for name, file in files.items() if file.latent_statistics is None]
-    if missing and isinstance(palette := given.get("palette"), (int, float)) and palette:
+    if missing and (palette := given.get("palette")):
         raise UsageError(
             f"found palette {palette} for {', '.join(missing)}, which holds no statistics of the artist's "
             "latents; expected 0, or a style that lsast-train learned: lsast-train --style NAME --images DIR"
