@@ -30,7 +30,7 @@ from .metrics import CONTENT_TYPE, Metrics
 from .process import WorkerDiedError
 from .schemas import Fault, OptionSheet, Painting, StyleCard, models, option_cards
 from .settings import WORKER_LIMITS, Settings
-from .uploads import FORM, JSON, RAW, read_file, read_painting
+from .uploads import FORM, JSON, RAW, read_painting
 
 MEDIA = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}
 """The media types of paintings, the first being the default, and their suffixes."""
@@ -107,6 +107,14 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
             504: "The painting took too long.",
         }.items()
     }
+    upload = {
+        "required": True,
+        "content": {
+            FORM: {"schema": models(settings).form.model_json_schema()},
+            JSON: {"schema": models(settings).json.model_json_schema()},
+            **{media: {"schema": {"type": "string", "format": "binary"}} for media in RAW},
+        },
+    }
     pictures: dict[str, Any] = {media: {"schema": {"type": "string", "format": "binary"}} for media in MEDIA}
 
     def state(request: Request) -> Any:
@@ -133,14 +141,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
                 for name, schema in models(settings).options.model_json_schema()["properties"].items()
             ]
             + [{"name": "Prefer", "in": "header", "schema": {"type": "string", "enum": ["respond-async"]}}],
-            "requestBody": {
-                "required": True,
-                "content": {
-                    FORM: {"schema": models(settings).form.model_json_schema()},
-                    JSON: {"schema": models(settings).json.model_json_schema()},
-                    **{media: {"schema": {"type": "string", "format": "binary"}} for media in RAW},
-                },
-            },
+            "requestBody": upload,
         },
     )
     async def paint(request: Request) -> Response:
@@ -232,17 +233,13 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
     @app.post(
         "/v1/records",
         dependencies=guarded,
-        responses={status: faults[status] for status in (408, 413, 422)},
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {media: {"schema": {"type": "string", "format": "binary"}} for media in (*MEDIA, *RAW)},
-            }
-        },
+        responses={status: faults[status] for status in (408, 413, 415, 422)},
+        openapi_extra={"requestBody": upload},
     )
     async def record(request: Request) -> dict[str, Any]:
-        """What the file of a painting says of its options."""
-        answer = await state(request).painter.ask("record", {}, await read_file(request, settings))
+        """What the file of a painting, sent as to `/v1/paintings`, says of its options."""
+        painting, *_ = await read_painting(request, settings)
+        answer = await state(request).painter.ask("record", {}, painting)
         return {name: answer.facts[name] for name in ("options", "bundle")}
 
     @app.head("/healthz", include_in_schema=False)

@@ -47,16 +47,6 @@ async def read_painting(request: Request, settings: Settings) -> Upload:
     raise HTTPException(415, f"found a body of type {kind:.80}; expected {FORM}, {JSON}, or {' or '.join(RAW)}")
 
 
-async def read_file(request: Request, settings: Settings) -> bytes:
-    """The body of a request, as it is.
-
-    Raises:
-        HTTPException: 408 too slow, 413 too many bytes.
-    """
-    with _in_time(settings):
-        return await read_body(request, settings)
-
-
 async def read_body(request: Request, settings: Settings) -> bytes:
     """All bytes of a body.
 

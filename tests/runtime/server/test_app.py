@@ -78,7 +78,13 @@ def test_post_answers_in_the_format_of_accept_with_the_record(server, png, accep
     with Image.open(io.BytesIO(answer.content)) as image:
         assert image.format == form
     assert lsast.read_record(answer.content).options.seed == 9
-    assert server.client.post("/v1/records", content=answer.content).json()["options"]["seed"] == 9
+    bodies: tuple[dict[str, Any], ...] = (
+        {"content": answer.content},
+        {"files": {"picture": answer.content}},
+        {"json": {"picture": base64.b64encode(answer.content).decode()}},
+    )
+    for body in bodies:
+        assert server.client.post("/v1/records", **body).json()["options"]["seed"] == 9
 
 
 def test_post_with_another_accept_is_refused(server, png):
