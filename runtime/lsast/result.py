@@ -79,10 +79,8 @@ class Result:
             UsageError: another suffix, or `path` is a folder.
             PictureError: the file cannot be written, or the format cannot hold so large a picture.
         """
-        if not isinstance(path, (str, os.PathLike)):
-            raise UsageError(f"found {type(path).__name__} as path; expected the name of a file")
-        path = Path(path)
         validate_output_path(path, self.image.size)
+        path = Path(path)
         try:
             with replace_file(path) as handle:
                 self._write(handle, path, seconds)
@@ -122,10 +120,10 @@ class Result:
         image.save(handle, format=name, icc_profile=self.image.info.get("icc_profile"), **arguments)
 
 
-def validate_output_path(path: Path, size: tuple[int, int] | None = None) -> None:
+def validate_output_path(path: str | Path, size: tuple[int, int] | None = None) -> None:
     """`check_format` and `validate_output_place`, before anything is painted."""
     check_format(path, size)
-    validate_output_place(path)
+    validate_output_place(Path(path))
 
 
 def validate_output_place(path: Path) -> None:

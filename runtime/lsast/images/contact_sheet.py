@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 CELL = 320
 """Largest width and height of a painting on a sheet, in pixels."""
+
+MOST_CELLS = 10_000
+"""Most paintings on a sheet."""
 
 _GAP, _TEXT, _LINE = 8, 16, 22
 """Pixels between paintings, of the letters, and of a line."""
@@ -66,7 +70,7 @@ def contact_sheet(
     axes: Mapping[str, Sequence[Any]],
     *,
     on_cell: Callable[[int, int], None] | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     **options: Any,
 ) -> Sheet:
     """Paint a picture with every combination of some options.
@@ -82,11 +86,14 @@ def contact_sheet(
 
     Raises:
         LsastError: see `Stylizer.stylize`; all options and the size of the sheet are checked before the first painting.
-        UsageError: no axis, or one without a value.
+        UsageError: no axis, one without a value, or more than `MOST_CELLS` combinations.
     """
     values = axes.values() if isinstance(axes, Mapping) else ()
-    if not values or not all(isinstance(axis, Collection) and len(axis) for axis in values):
-        raise UsageError("found no axis, or one without a value; expected such as {'strength': [0.4, 0.6]}")
+    counts = [len(axis) if isinstance(axis, Collection) and not isinstance(axis, str) else 0 for axis in values]
+    if not counts or not all(counts):
+        raise UsageError("found no axis, or one without a list of values; expected such as {'strength': [0.4, 0.6]}")
+    if (total := math.prod(counts)) > MOST_CELLS:
+        raise UsageError(f"found axes of {total} combinations; expected at most {MOST_CELLS}: give fewer values")
     if "mask" in axes:
         raise UsageError("found an axis 'mask', which is no option; expected the argument mask, for all paintings")
     across, *down = axes
@@ -105,7 +112,7 @@ def contact_sheet(
     sizes = [_thumbnail_size(canvas.own[::-1]) for canvas in canvases]
     cell = max(width for width, _ in sizes), max(height for _, height in sizes)
     image, corners = _labelled_sheet(cell, column_labels, row_labels, out)
-    cells, total = {}, len(combinations)
+    cells = {}
     if on_cell:
         on_cell(0, total)
     pictures: Iterable[Any] = itertools.repeat(source, total)
@@ -120,7 +127,7 @@ def contact_sheet(
 
 
 def _labelled_sheet(
-    cell: tuple[int, int], column_labels: Sequence[str], row_labels: Sequence[str], out: Path | None
+    cell: tuple[int, int], column_labels: Sequence[str], row_labels: Sequence[str], out: str | Path | None
 ) -> tuple[Image.Image, list[tuple[int, int]]]:
     """A sheet without paintings, and the left and top pixel of each, row by row; all are at most as large as `cell`."""
     font = ImageFont.load_default(_TEXT)
@@ -128,7 +135,7 @@ def _labelled_sheet(
     margin = _GAP + max(int(pen.multiline_textbbox((0, 0), label, font)[2]) + 1 for label in row_labels)
     lefts = [margin + column * (cell[0] + _GAP) for column in range(len(column_labels) + 1)]
     tops = [_LINE + _GAP + row * (cell[1] + _GAP) for row in range(len(row_labels) + 1)]
-    if out:
+    if out is not None:
         check_format(out, (lefts[-1], tops[-1]))
     image = Image.new("RGB", (lefts.pop(), tops.pop()), "white")
     pen = ImageDraw.Draw(image)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,13 @@ def is_animated(path: Path) -> bool:
     return path.suffix.lower() in ANIMATIONS and (read_header(path) or ((), False))[1]
 
 
-def check_format(path: Path, size: tuple[int, int] | None = None) -> None:
+def check_format(path: str | Path, size: tuple[int, int] | None = None) -> None:
     """Check that the format of `path` is written and holds a picture of `size`, width and height; None is not known.
-    Raises a `UsageError` for another suffix, a `PictureError` where the picture is too large or Pillow was built
-    without the format."""
+    Raises a `UsageError` for another suffix, or what is no name; a `PictureError` where the picture is too large or
+    Pillow was built without the format."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise UsageError(f"found {type(path).__name__} as path; expected the name of a file")
+    path = Path(path)
     form = WRITTEN_PICTURES.get(path.suffix.lower())
     if form is None:
         raise UsageError(f"found the output {path}; expected a name that ends in {', '.join(WRITTEN_PICTURES)}")

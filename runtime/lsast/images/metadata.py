@@ -109,8 +109,8 @@ class Record:
             known = {field.name: content[field.name] for field in dataclasses.fields(Provenance)}
             provenance = read_object(Provenance, known, "", faults)
             seconds = read_value(dict[str, float], content["seconds"], "seconds", faults)
-            if provenance is None or faults:
-                raise ValueError("; ".join(faults))
+            if provenance is None or faults or "lsast" not in provenance.versions:
+                raise ValueError("; ".join(faults) or "versions: found no lsast")
             if not isinstance(content["options"], dict):
                 raise TypeError("options is no object")
             return cls(provenance, Options(**current_options(content["options"])), seconds)

@@ -98,6 +98,15 @@ def test_contact_sheet_that_cannot_be_made_is_refused_before_it_is_painted(styli
         with pytest.raises(UsageError):
             contact_sheet(stylizer, photo, axes, **count)
     many = {"seed": list(range(16383 // photo.shape[1] + 1))}
-    with pytest.raises(PictureError, match="expected at most 16383 a side in WEBP"):
-        contact_sheet(stylizer, photo, many, out=Path("sheet.webp"), steps=1, **count)
+    for out in (Path("sheet.webp"), "sheet.webp"):
+        with pytest.raises(PictureError, match="expected at most 16383 a side in WEBP"):
+            contact_sheet(stylizer, photo, many, out=out, steps=1, **count)
+    wrong: tuple[tuple[dict[str, Any], Any, str], ...] = (
+        ({"seed": [1]}, 3, "found int as path; expected the name of a file"),
+        ({"seed": range(10_001)}, "sheet.webp", "found axes of 10001 combinations"),
+        ({"style": "monet"}, None, "found no axis, or one without a list of values"),
+    )
+    for axes, place, words in wrong:
+        with pytest.raises(UsageError, match=words):
+            contact_sheet(stylizer, photo, axes, out=place, **count)
     assert painted == []

@@ -107,6 +107,7 @@ def test_read_record_of_a_file_without_a_record_raises(painted, tmp_path):
         (text.replace('"bundle_sha256"', '"bundle_md5"'), "bundle_sha256"),
         (text[:-5], "cannot be read"),
         (text.replace('"styles": {', '"styles": 5, "others": {'), "cannot be read"),
+        (text.replace('"versions": {"lsast"', '"versions": {"other"'), "versions: found no lsast"),
     ):
         with pytest.raises(PictureError, match=words):
             Record.from_json(wrong, "a.png")
