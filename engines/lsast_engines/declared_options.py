@@ -74,7 +74,7 @@ class Rule:
 
     def plain(self, value: Any) -> Any:
         """`value` in Python's own type where it is of another, such as a scalar of numpy, so that JSON can hold it."""
-        if isinstance(value, bool):
+        if isinstance(value, (bool, _Huge)):
             return value
         if isinstance(value, str):
             return str.__str__(value)  # of a member of an enumeration its value

@@ -92,7 +92,7 @@ class Request:
         """Requests with equal keys can share a batch; names and values of what must be equal."""
         facts = {"painted size": self.canvas_size, "steps": len(self._schedule.steps)}
         shared = {name: getattr(self.options, name) for name in ("tile", "cache_interval", "control_scale", "decoder")}
-        return (*facts.items(), ("guidance of 1", self.options.guidance == 1), *shared.items())
+        return (*facts.items(), ("whether guidance is 1", self.options.guidance == 1), *shared.items())
 
     @property
     def grid(self) -> TileGrid | None:

@@ -88,10 +88,14 @@ def contact_sheet(
         LsastError: see `Stylizer.stylize`; all options and the size of the sheet are checked before the first painting.
         UsageError: no axis, one without a value, or more than `MOST_CELLS` combinations.
     """
-    values = axes.values() if isinstance(axes, Mapping) else ()
-    counts = [len(axis) if isinstance(axis, Collection) and not isinstance(axis, str) else 0 for axis in values]
+    counts = [
+        len(axis) if isinstance(name, str) and isinstance(axis, Collection) and not isinstance(axis, str) else 0
+        for name, axis in (axes.items() if isinstance(axes, Mapping) else ())
+    ]
     if not counts or not all(counts):
         raise UsageError("found no axis, or one without a list of values; expected such as {'strength': [0.4, 0.6]}")
+    if not (on_cell is None or callable(on_cell)):
+        raise UsageError(f"found {type(on_cell).__name__} as on_cell; expected a function of two arguments")
     if (total := math.prod(counts)) > MOST_CELLS:
         raise UsageError(f"found axes of {total} combinations; expected at most {MOST_CELLS}: give fewer values")
     if "mask" in axes:

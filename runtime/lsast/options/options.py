@@ -178,7 +178,7 @@ def rules() -> Mapping[str, Rule]:
 def preset_options(name: str | None) -> dict[str, Any]:
     """The options of a preset; none for None, nor for what is no preset, which `Options` refuses."""
     name = rules()["preset"].plain(name)
-    return PRESETS.get(name, {}) if isinstance(name, str) else {}
+    return PRESETS[name] if isinstance(name, str) and name in PRESETS else {}
 
 
 def current_options(given: Mapping[str, Any]) -> dict[str, Any]:
