@@ -148,8 +148,9 @@ def test_cache_reports_and_rebuilds_damaged_files(case, caplog, damage):
 
 def test_cache_that_cannot_be_written_does_not_stop_a_run(case, monkeypatch, tmp_path):
     expected = case.run()
-    (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv("LSAST_HOME", str(tmp_path / "file"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "compiled").write_text("no folder")
+    monkeypatch.setenv("LSAST_HOME", str(tmp_path / "other"))
     np.testing.assert_array_equal(case.run(), expected)
     assert case.builds == 2
 

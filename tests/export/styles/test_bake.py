@@ -65,7 +65,7 @@ def test_bake_prompts_warns_of_a_style_that_learned_nothing(base, prompts, caplo
 
 
 def test_bake_into_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("LSAST_HOME", str(tmp_path / "file"))
-    with pytest.raises(UsageError, match="file"):
+    (tmp_path / "styles").touch()
+    monkeypatch.setenv("LSAST_HOME", str(tmp_path))
+    with pytest.raises(UsageError, match="to write to"):
         bake_for_bundle(Bundle.open(EMBEDDED), [])

@@ -148,7 +148,7 @@ def test_stylize_many_of_nothing_is_empty_and_of_no_list_or_in_batches_of_0_is_r
 @pytest.mark.parametrize(
     ("others", "words"),
     [
-        ({"control_scale": 0.5, "guidance": 1.0}, "differ in control_scale, whether guidance is 1; expected one batch_key"),
+        ({"control_scale": 0.5, "guidance": 1.0}, "in control_scale, whether guidance is 1; expected one batch_key"),
         ({"size": 64, "steps": 20, "cache_interval": 2}, "differ in cache_interval, painted size, steps;"),
         (3, "found int in requests"),
     ],
