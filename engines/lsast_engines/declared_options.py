@@ -36,13 +36,6 @@ class Range:
         return f"0, or {span}" if self.or_zero else span
 
 
-class _Huge(float):
-    """An infinity in the place of a number that is no float."""
-
-    def __repr__(self) -> str:
-        return f"a number {'below -' if self < 0 else 'above '}1.8e308"
-
-
 @dataclass(frozen=True)
 class Rule:
     """What an option may be and what it does, read off its declaration."""
@@ -74,7 +67,7 @@ class Rule:
 
     def plain(self, value: Any) -> Any:
         """`value` in Python's own type where it is of another, such as a scalar of numpy, so that JSON can hold it."""
-        if isinstance(value, (bool, _Huge)):
+        if isinstance(value, bool):
             return value
         if isinstance(value, str):
             return str.__str__(value)  # of a member of an enumeration its value
@@ -82,7 +75,7 @@ class Rule:
             try:
                 number = float(value)
             except OverflowError:  # what is no float has no place in JSON, and beyond 4 300 digits no text
-                return _Huge(-math.inf if value < 0 else math.inf)
+                return -math.inf if value < 0 else math.inf
             return int(value) if isinstance(value, numbers.Integral) else number
         if self.type is bool:
             import numpy as np  # only for a value that is no bool of Python
