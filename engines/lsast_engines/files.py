@@ -178,6 +178,19 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
+def lock_file(path: Path) -> int:
+    """Make a file if there is none, and lock it until the descriptor that is returned is closed; -1 if another process
+    holds it, or has just removed it."""
+    descriptor = -1
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        if try_lock(descriptor) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    if descriptor >= 0:
+        os.close(descriptor)
+    return -1
+
+
 def _sweep(folder: Path) -> None:
     """Remove what killed processes left in `folder`; once in this process."""
     if folder in _swept or sys.platform == "win32":

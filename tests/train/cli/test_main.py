@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from lsast_engines.files import lock_file
 from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base, save_base
 from lsast_train.prompts.prompt_file import load_prompts
+from lsast_train.training.run import RunFiles
 
 
 @pytest.fixture
@@ -83,6 +85,26 @@ def test_interrupted_training_goes_on_with_resume_and_prints_its_result(
     assert (prompts.meta["licence"], prompts.meta["works"]) == ("CC0", "10")
     knobs = json.loads(prompts.meta["options"])
     assert (knobs["steps"], knobs["schedule"]) == (3, "step")
+
+
+def test_train_command_refuses_a_folder_that_another_run_trains_in_or_has_just_finished(
+    command, base_folder, paintings, tmp_path, monkeypatch
+):
+    files = RunFiles(tmp_path / "runs", "red")
+    arguments = ["--style", "red", "--images", paintings, "--base", base_folder, "--out", files.folder, "--steps", "1"]
+    with files.reserved(64, 8, False):
+        code, out, err = command(*arguments)
+    assert (code, out) == (1, "")
+    assert "is being trained by another run; wait for it" in err
+    assert not list(files.folder.iterdir())
+
+    def finish_meanwhile(path: Path) -> int:
+        files.result.write_text("another run's")
+        return lock_file(path)
+
+    monkeypatch.setattr("lsast_train.training.run.lock_file", finish_meanwhile)
+    assert "found a finished training" in command(*arguments)[2]
+    assert files.result.read_text() == "another run's"
 
 
 def test_training_without_the_extra_names_it(command, monkeypatch):

@@ -133,9 +133,10 @@ def command(
                 continue
             goes_on = files[name].checkpoint.exists() if resume and len(pictures) > 1 else resume
             try:
-                paintings = PaintingDataset.load(images, options.size, options.crop, base.config.size, main, paths)
-                run = Inversion(base, paintings, options, name, files[name].folder, licence, goes_on, device)
-                result = run.run()
+                with files[name].reserved(options.size, 1, goes_on, overwrite, main):
+                    paintings = PaintingDataset.load(images, options.size, options.crop, base.config.size, main, paths)
+                    run = Inversion(base, paintings, options, name, files[name].folder, licence, goes_on, device)
+                    result = run.run()
             except TrainingError as error:
                 if len(pictures) == 1 or isinstance(error, InterruptionError):
                     raise

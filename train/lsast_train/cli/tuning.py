@@ -82,9 +82,10 @@ def distill(
         found = read_style(style, loaded, bundle)
         name = name or f"{found.name}-g{options.guidance:g}"
         folder = out or Path("runs") / name
-        RunFiles(folder, name, prompts=False).require(options.size, loaded.config.multiple, resume, overwrite)
-        pictures = PaintingDataset.load(images, options.size, "random", loaded.config.size)
-        print_run(Distillation(loaded, found, pictures, options, name, folder, resume, device).run())
+        files = RunFiles(folder, name, prompts=False)
+        with files.reserved(options.size, loaded.config.multiple, resume, overwrite):
+            pictures = PaintingDataset.load(images, options.size, "random", loaded.config.size)
+            print_run(Distillation(loaded, found, pictures, options, name, folder, resume, device).run())
 
 
 @click.command("finetune", cls=Command, requires=EXTRA)
@@ -135,9 +136,9 @@ def finetune(
         prompts = load_prompts(path, loaded)
         name = name or prompts.name
         folder = out or Path("runs") / name
-        RunFiles(folder, name).require(options.size, loaded.config.multiple, resume, overwrite)
-        loaded.round_unet(options.mixed_precision, find_device(device))
-        works, others = (
-            PaintingDataset.load(tree, options.size, "random", loaded.config.size) for tree in (images, contents)
-        )
-        print_run(Finetuning(loaded, prompts, works, others, options, name, folder, resume, device).run())
+        with RunFiles(folder, name).reserved(options.size, loaded.config.multiple, resume, overwrite):
+            loaded.round_unet(options.mixed_precision, find_device(device))
+            works, others = (
+                PaintingDataset.load(tree, options.size, "random", loaded.config.size) for tree in (images, contents)
+            )
+            print_run(Finetuning(loaded, prompts, works, others, options, name, folder, resume, device).run())

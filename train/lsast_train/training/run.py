@@ -5,9 +5,11 @@ Never imports torch before a device is asked for, so that ``lsast-train --help``
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lsast_engines.bundle.style import style_name_faults
 from lsast_engines.environment import package_version
 from lsast_engines.errors import TrainingError, UsageError, fault_list
-from lsast_engines.files import replace_file, require_writable
+from lsast_engines.files import lock_file, make_folder, replace_file, require_writable
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +87,32 @@ class RunFiles:
                 "--overwrite"
             )
         require_writable(self.folder)
+
+    @contextlib.contextmanager
+    def reserved(
+        self, size: int, multiple: int, resume: bool, overwrite: bool = True, writes: bool = True
+    ) -> Iterator[None]:
+        """`require`, and refuse other runs while the block runs; of several processes only that which `writes` locks.
+
+        Raises:
+            UsageError, TrainingError: as `require`; or another run is at it.
+            OSError: the folder cannot be written.
+        """
+        self.require(size, multiple, resume, overwrite)
+        if not writes:
+            yield
+            return
+        make_folder(self.folder)
+        lock = self.folder / f".{self.name}.lock"
+        if (descriptor := lock_file(lock)) < 0:
+            raise TrainingError(f"{self.result} is being trained by another run; wait for it, or name another --out")
+        try:
+            self.require(size, multiple, resume, overwrite)  # another run may have ended meanwhile
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                lock.unlink()
+            os.close(descriptor)
 
 
 @dataclass(frozen=True)
