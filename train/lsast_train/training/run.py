@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from lsast_engines.files import lock_file, make_folder, replace_file, require_wr
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger("lsast.train")
+
 CURVE_FORMAT = 1
 """Format number of the loss curve's JSON."""
 
@@ -32,6 +35,15 @@ class InterruptionError(TrainingError):
     def __init__(self, number: int, step: int, checkpoint: Path) -> None:
         super().__init__(f"stopped after step {step}; {checkpoint} is whole: go on with --resume")
         self.exit_code = 128 + number
+
+
+@contextlib.contextmanager
+def warn_of_unwritten() -> Iterator[None]:
+    """Makes a warning of an error of the block, which writes a loss curve: no run ends by it."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("the loss curve cannot be written: %s", error)
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,7 @@ class LossCurve:
         return min(self.evaluations[first:], key=self.relative)
 
     def save(self, path: Path, facts: dict[str, Any], stages: Sequence[int] | None = None) -> None:
-        """Write ``path`` (JSON) and the same name with ``.png``, both whole.
+        """Write ``path`` (JSON) and the same name with ``.png``, both whole; only a warning tells if that fails.
 
         Args:
             facts: more to tell there; ``name`` is the picture's title.
@@ -174,9 +186,9 @@ class LossCurve:
         ]
         stages = list(range(len(best["held_out"])) if stages is None else stages)
         document = {"format": CURVE_FORMAT, **facts, "stages": stages, "best_step": best["step"], "evaluations": rows}
-        with replace_file(path) as handle:
+        with warn_of_unwritten(), replace_file(path) as handle:
             handle.write(json.dumps(document, indent=1).encode())
-        with replace_file(path.with_suffix(".png")) as handle:
+        with warn_of_unwritten(), replace_file(path.with_suffix(".png")) as handle:
             handle.write(self._plot(best, facts.get("name", ""), stages))
 
     def _plot(self, best: Evaluation, title: str, stages: list[int]) -> bytes:
