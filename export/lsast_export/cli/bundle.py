@@ -111,6 +111,7 @@ def export(
             f"compiled by lsast-export compile {out} --backend {backend}"
         )
     wanted, for_styles = parse_defaults(defaults)
+    from lsast_engines.bundle.bundle import STYLES
     from lsast_engines.environment import peak_memory
     from lsast_train.base.lazy_base import open_base, resolve_local_base
     from lsast_train.checkpoints.source import BaseSource
@@ -129,7 +130,8 @@ def export(
     chosen_styles = read_prompts(styles, folder)
     names = {style.name for style in chosen_styles}
     prompts = with_defaults([*chosen_styles, *(s for s in before.styles if s.name not in names)], for_styles)
-    kept = {key: value for key, value in before.defaults.items() if key != "style" or not names}
+    there = {*(style.name for style in prompts), *(file.stem for file in (out / STYLES).glob("*.safetensors"))}
+    kept = {key: value for key, value in before.defaults.items() if key != "style" or (not names and value in there)}
     chosen: dict[str, Any] = {"storage_dtype": storage_dtype, "backend": backend}
     options = ExportOptions(**{key: value for key, value in chosen.items() if value is not None})
     written = export_bundle(networks, out, prompts, options, {**kept, **wanted}, progress=phases)

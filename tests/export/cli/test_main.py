@@ -215,6 +215,8 @@ def test_bundle_command_exports_a_trained_base(base, learned, caplog):
 
     # in another precision, which is another base: its styles are baked again
     (out / "styles" / "lone.safetensors").write_bytes((out / "styles" / "hand.safetensors").read_bytes())
+    described = (out / "manifest.json").read_text()
+    (out / "manifest.json").write_text(described.replace('"style": "hand"', '"style": "lone"'))
     shutil.rmtree("runs")
     widened = lsast_export("bundle", "--base", out, "--out", "engines/wide", "--storage-dtype", "fp32")
     assert widened.exit_code == 0, widened.stderr
