@@ -231,5 +231,5 @@ def check_command(bundle: str, backend: str, device: str) -> None:
         "seconds": phases.seconds(),
     }
     print_result(facts, report.bundle)
-    if not report.passed:
-        fail(f"{report.bundle} does not compute what torch computes here; export it again, or use another backend", 1)
+    if report.faults:
+        fail(f"{report.bundle} {', and '.join(report.faults)}", 1)
