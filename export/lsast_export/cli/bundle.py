@@ -1,5 +1,6 @@
 """The commands `bundle`, `decoder` and `check`: export a base, add a small decoder to a bundle, verify one."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lsast_engines.cli import (
     debug_option,
     fail,
     json_option,
+    log_to_stderr,
     print_result,
 )
 from lsast_engines.errors import UsageError
@@ -105,6 +107,7 @@ def export(
     **imports: str | None,
 ) -> None:
     """Export `base` with `styles` to `out` and print where; `imports` are the other fields of `BaseSource`."""
+    click.get_current_context().with_resource(log_to_stderr(logging.WARNING))
     if backend is not None and backend.startswith("tensorrt"):
         raise UsageError(
             f"found --backend {backend}; expected onnxruntime or openvino, to compare with torch on: engines are "
@@ -173,6 +176,7 @@ def decoder_command(bundle: str, small: Path, backend: str) -> None:
     It must have been made for the latents of that base: TAESD's is for those of Stable Diffusion 1.x. It is compared
     with torch; weights, the other graphs and styles of the bundle stay as they are.
     """
+    click.get_current_context().with_resource(log_to_stderr(logging.WARNING))
     from lsast_engines.bundle.bundle import Bundle, find_bundle
 
     from ..bundle.add_decoder import add_small_decoder
@@ -201,6 +205,7 @@ def decoder_command(bundle: str, small: Path, backend: str) -> None:
 @debug_option
 def check_command(bundle: str, backend: str, device: str) -> None:
     """Verify BUNDLE (a folder or a name): hashes, graphs, styles, and parity with torch on this machine."""
+    click.get_current_context().with_resource(log_to_stderr(logging.WARNING))
     from lsast_engines.bundle.bundle import find_bundle
 
     from ..bundle.check import check_bundle
