@@ -38,6 +38,7 @@ def _errors(err: str) -> list[str]:
         (["--style", "red", "--images", ".", "--no-such-option"], "No such option"),
         (["--style", "red", "--images", ".", "--steps", "0", "--lr", "-1"], "steps: found 0"),
         (["--style", "red", "--images", ".", "--variant", "step", "--layout", "overlap"], "overlap with variant"),
+        (["distill", "--style", "red", "--images", "."], "Missing option '--guidance'"),
         (["monet"], "found command 'monet'"),
         (["--style", "rotü", "--images", ".", "--base", "nowhere"], "name: found 'rotü'"),
         (["--style", "red", "--images", ".", "--base", "nowhere", "--out", __file__], "expected a folder that can"),
@@ -51,8 +52,12 @@ def test_train_command_with_wrong_usage_exits_with_2(command, arguments, expecte
     assert "Traceback" not in err
 
 
-def test_train_command_that_fails_prints_one_line_and_exits_with_1(command, base_folder, tmp_path):
-    code, _, err = command("--style", "red", "--images", tmp_path / "nowhere", "--base", base_folder)
+@pytest.mark.parametrize(
+    "arguments",
+    [["--images"], ["distill", "--guidance", "3", "--images"], ["finetune", "--images", ".", "--contents"]],
+)
+def test_train_command_without_the_folder_of_pictures_fails_before_the_base(command, tmp_path, arguments):
+    code, _, err = command(*arguments, tmp_path / "nowhere", "--style", "red", "--base", "nowhere")
     assert code == 1
     assert _errors(err) == [f"Error: found no folder {tmp_path / 'nowhere'}; expected a folder of pictures"]
 

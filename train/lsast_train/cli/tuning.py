@@ -10,6 +10,7 @@ import click
 
 from lsast_engines.cli import Command, log_to_stderr
 from lsast_engines.errors import UsageError
+from lsast_engines.images import require_folder
 
 from ..options import DistillOptions, FinetuneOptions
 from ..training.run import RunFiles, find_device
@@ -64,6 +65,7 @@ def distill(
     Prints the style file; the held-out error is drawn beside it.
     """
     options = DistillOptions(**chosen)
+    require_folder(images)
     from ..base.lazy_base import load_base, resolve_local_base
     from ..checkpoints.source import BaseSource
     from ..distillation.distillation import Distillation
@@ -122,6 +124,8 @@ def finetune(
     Prints the prompt file; its style has the strength, guidance and palette of the options as defaults.
     """
     given, options = take_source(chosen), FinetuneOptions(**chosen)
+    for folder in (images, contents):
+        require_folder(folder)
     from ..base.lazy_base import load_base, resolve_local_base
     from ..checkpoints.source import BaseSource
     from ..finetuning.finetuning import Finetuning
