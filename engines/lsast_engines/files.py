@@ -80,11 +80,11 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Name `path` in an error that says that there is no room, but not for what: of a write."""
+    """Name `path` in an error that says that there is no room: of a write it has no name, of a copy a hidden one."""
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno in NO_ROOM:
+        if error.errno in NO_ROOM:
             error.filename = str(path)
         raise
 

@@ -64,7 +64,7 @@ def test_error_of_a_write_without_room_names_the_file_or_folder(tmp_path):
     for write, path in ((replace_file, tmp_path / "file"), (scratch_folder, tmp_path)):
         for number, name in ((errno.ENOSPC, str(path)), (errno.EDQUOT, str(path)), (errno.EIO, None)):
             with pytest.raises(OSError, match=os.strerror(number)) as caught, write(path):
-                raise OSError(number, os.strerror(number))
+                raise OSError(number, os.strerror(number), *(["hidden"] if number == errno.EDQUOT else []))
             assert caught.value.filename == name
 
 

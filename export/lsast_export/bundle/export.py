@@ -204,7 +204,8 @@ def inherited_from(folder: Path | None) -> Inherited:
 def _default_style(folder: Path) -> list[str]:
     """The name of the default style of the bundle in `folder`, if both are there and can be read."""
     with contextlib.suppress(OSError, ValueError, LsastError):
-        name = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), str(folder)).defaults.get("style", "none")
+        manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), str(folder))
+        name = manifest.defaults.get("style", "none")
         return [name] if (folder / STYLES / f"{name}.safetensors").is_file() else []
     return []
 
