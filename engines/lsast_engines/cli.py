@@ -21,6 +21,7 @@ from click.shell_completion import CompletionItem
 
 from .environment import require_extra
 from .errors import Lines, LsastError, UsageError, did_you_mean, shown
+from .files import NO_ROOM
 from .removed import RENAMED, removal
 
 USAGE = UsageError.exit_code
@@ -201,7 +202,8 @@ def describe(error: Exception) -> str:
     if isinstance(error, LsastError):
         return f"{error}"
     if isinstance(error, OSError) and error.strerror:  # a full disk, a name that is too long, no permission …
-        return ": ".join([*(str(name) for name in [error.filename] if name is not None), error.strerror])
+        room = "; expected a folder with room" if error.errno in NO_ROOM else ""
+        return ": ".join([*(str(name) for name in [error.filename] if name is not None), error.strerror]) + room
     if isinstance(error, MemoryError):
         return f"not enough memory{f' ({error})' if str(error) else ''}; close other programs, or ask for less"
     return f"unexpected {type(error).__name__}: {error} (--debug shows where)"

@@ -25,6 +25,9 @@ _UNFINISHED = re.compile(r"\.lsast-[0-9a-f]{16}\.tmp")
 NOWHERE = Path(os.devnull) / "lsast"
 """The user's folder where there is no home, or one of another user: nothing is found in it, and it cannot be made."""
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of a full disk, of a full quota, and of a file that is larger than it allows."""
+
 _swept: set[Path] = set()  # no lock guards it: a fork might copy one that is held
 
 
@@ -36,7 +39,7 @@ def replace_file(path: Path, *, own: bool = False) -> Iterator[BinaryIO]:
     may write it, nor into folders that are made for it, whatever the umask is.
 
     Raises:
-        OSError: `path` is a folder, a device or a pipe, or cannot be written.
+        OSError: `path` is a folder, a device or a pipe, or cannot be written; it names `path` where there is no room.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -46,7 +49,7 @@ def replace_file(path: Path, *, own: bool = False) -> Iterator[BinaryIO]:
     _sweep(path.parent)
     temporary, descriptor = _create_locked(path.parent, 0o666 & allowed)
     try:
-        with os.fdopen(descriptor, "wb") as handle:
+        with _naming(path), os.fdopen(descriptor, "wb") as handle:
             with contextlib.suppress(OSError):
                 os.chmod(temporary, stat.S_IMODE(path.stat().st_mode) & allowed)
             yield handle
@@ -67,11 +70,23 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     _sweep(parent)
     folder, descriptor = _create_locked(parent)
     try:
-        yield folder
+        with _naming(parent):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if descriptor >= 0:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name `path` in an error that says that there is no room: of a write it has no name, of a copy a hidden one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            error.filename = str(path)
+        raise
 
 
 def make_folder(folder: Path, mode: int = 0o777) -> None:
@@ -176,6 +191,19 @@ def try_lock(descriptor: int) -> bool:
     except OSError as error:
         return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # others: a file system without locks
     return True
+
+
+def lock_file(path: Path) -> int:
+    """Make a file if there is none, and lock it until the descriptor that is returned is closed; -1 if another process
+    holds it, or has just removed it."""
+    descriptor = -1
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        if try_lock(descriptor) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    if descriptor >= 0:
+        os.close(descriptor)
+    return -1
 
 
 def _sweep(folder: Path) -> None:

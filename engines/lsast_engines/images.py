@@ -54,6 +54,13 @@ class Image8:
         return self.rgb.shape[0], self.rgb.shape[1]
 
 
+def require_folder(folder: Path) -> None:
+    """Raise a `PictureError` if there is no such folder."""
+    if not folder.is_dir():
+        found = "the file" if folder.exists() else "no folder"
+        raise PictureError(f"found {found} {folder}; expected a folder of pictures")
+
+
 def find_pictures(folder: Path, others: list[Path] | None = None) -> list[Path]:
     """All image files under `folder`, at any depth, sorted; hidden files and folders are skipped.
 
@@ -63,9 +70,7 @@ def find_pictures(folder: Path, others: list[Path] | None = None) -> list[Path]:
     Raises:
         PictureError: the folder does not exist or has no image.
     """
-    if not folder.is_dir():
-        found = "the file" if folder.exists() else "no folder"
-        raise PictureError(f"found {found} {folder}; expected a folder of pictures")
+    require_folder(folder)
     paths = sorted(_search(folder, [] if others is None else others))
     if not paths:
         raise PictureError(f"found no picture under {folder}; expected files like .jpg, .png, .tif or .webp")

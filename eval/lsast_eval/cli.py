@@ -9,6 +9,7 @@ import click
 
 from lsast_engines.cli import Group, combine_options, debug_option, echo, json_option, log_to_stderr, print_result
 from lsast_engines.errors import UsageError
+from lsast_engines.files import require_writable
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -101,6 +102,10 @@ def main(
     assert works is not None
     from .report import EvalOptions
 
+    if sheet is not None:
+        if sheet.exists() and not sheet.is_file():
+            raise UsageError(f"found --sheet {sheet}, a folder or a device; expected the name of a file")
+        require_writable(sheet.parent)
     options = replace(EvalOptions(), **{name: value for name, value in chosen.items() if value is not None})
     if threads is not None:
         import torch
@@ -110,9 +115,9 @@ def main(
 
     with log_to_stderr(logging.WARNING):
         report = evaluate(contents, works, artists, methods, artist, options, photos=photos, leave_out=leave_out)
-    if sheet is not None:
-        report.sheet(sheet, sheet_rows)
-    print_result(report.to_json(), *report.table().split("\n"))
+        print_result(report.to_json(), *report.table().split("\n"))
+        if sheet is not None:
+            report.sheet(sheet, sheet_rows)
 
 
 @main.command("vote")
@@ -147,6 +152,7 @@ def vote(
     name = artist if artist or works is None else artist_of(works)
     if contents is None or name is None:
         raise UsageError("found no --contents DIR, or neither --works DIR nor --artist NAME; expected them")
+    click.get_current_context().with_resource(log_to_stderr(logging.WARNING))
     session = VoteSession(draw_pairs(contents, methods, works, seed), name, out, voter)
     server = open_server(session, port)
     address = f"http://127.0.0.1:{server.server_address[1]}/"
@@ -154,8 +160,7 @@ def vote(
         echo(f"{address}  {session.remaining} pairs to vote on; Ctrl-C ends", err=True)
         if browse:
             webbrowser.open(address)
-        with log_to_stderr(logging.WARNING):
-            server.serve_forever()
+        server.serve_forever()
     except KeyboardInterrupt:
         echo(str(out))
     finally:
@@ -173,7 +178,8 @@ def votes(files: tuple[Path, ...], confidence: float) -> None:
     """Win rates of votes, by artist, with Wilson's intervals; a tie is half a win for either side."""
     from .voting.votes import left_bias, read_votes, win_rates
 
-    cast = read_votes(files)
+    with log_to_stderr(logging.WARNING):
+        cast = read_votes(files)
     artists = sorted({vote.artist for vote in cast})
     rates = {name: win_rates([vote for vote in cast if vote.artist == name], confidence) for name in artists}
     left = left_bias(cast, confidence)

@@ -31,7 +31,7 @@ def run(error: BaseException) -> tuple[int, str]:
     ("error", "message"),
     [
         (OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "x" * 9), "xxxxxxxxx: File name too long"),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        (OSError(errno.ENOSPC, "No room", "x"), "x: No room; expected a folder with room"),
         (MemoryError("3 TiB"), "not enough memory (3 TiB); close other programs, or ask for less"),
     ],
 )

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 import signal
@@ -19,6 +20,7 @@ from lsast_engines.files import (
     is_own,
     make_folder,
     replace_file,
+    scratch_folder,
     written_by_others,
 )
 
@@ -56,6 +58,14 @@ def test_replace_file_writes_whole_files_or_nothing(tmp_path):
         with replace_file(tmp_path / name) as handle:
             handle.write(data)
         assert file_sha256(tmp_path / name) == hashlib.sha256(data).hexdigest()
+
+
+def test_error_of_a_write_without_room_names_the_file_or_folder(tmp_path):
+    for write, path in ((replace_file, tmp_path / "file"), (scratch_folder, tmp_path)):
+        for number, name in ((errno.ENOSPC, str(path)), (errno.EDQUOT, str(path)), (errno.EIO, None)):
+            with pytest.raises(OSError, match=os.strerror(number)) as caught, write(path):
+                raise OSError(number, os.strerror(number), *(["hidden"] if number == errno.EDQUOT else []))
+            assert caught.value.filename == name
 
 
 def test_homes_follow_the_environment(tmp_path, monkeypatch):

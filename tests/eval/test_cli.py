@@ -1,8 +1,10 @@
+import errno
 import importlib.util
 import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -53,7 +55,10 @@ def test_commands_of_the_page_run_on_a_tree_like_div2k(capsys, studio, cache, tm
         assert sheet.format == "PNG"
 
 
+JUDGED = ("--contents", "x", "--works", "x", "--method", "a=x")
 WRONG = {
+    "a sheet that is a folder": ((*JUDGED, "--sheet", "."), "found --sheet ., a folder or a device"),
+    "a sheet below a file": ((*JUDGED, "--sheet", f"{__file__}/a.png"), "expected a folder that can be made"),
     "nothing": ((), "found no --contents DIR and no --works DIR and no --method NAME=DIR"),
     "a method without a folder": (("--method", "ours"), "found 'ours'; expected NAME=DIR"),
     "a method twice": (("--method", "a=x", "--method", "a=y"), "found 'a' twice"),
@@ -71,6 +76,22 @@ def test_cli_with_wrong_usage_exits_2(capsys, arguments, message):
     assert message in err
     assert err.startswith("Error: ")
     assert len(err.splitlines()) == 1
+
+
+def test_cli_prints_scores_before_a_sheet_that_fails(capsys, monkeypatch):
+    def sheet(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    report = SimpleNamespace(to_json=dict, table=lambda: "scores", sheet=sheet)
+    monkeypatch.setattr("lsast_eval.evaluation.evaluate", lambda *_, **__: report)
+    assert _run(capsys, *JUDGED, "--sheet", "a.png") == (1, "scores\n", "Error: Input/output error\n")
+
+
+def test_votes_command_escapes_its_warnings_and_quiet_hides_them(capsys, tmp_path):
+    append_vote(path := tmp_path / "\x1b[2J", Vote("monet", "c", "ours", "theirs", "tie", "me", 1.0, "t"))
+    path.write_bytes(path.read_bytes() + b'{"form')
+    told = f"{tmp_path}/\\x1b[2J, line 2: left out, it is not finished\n"
+    assert [_run(capsys, "votes", path, *more)[2] for more in ([], ["-q"])] == [told, ""]
 
 
 def test_votes_command_prints_text_and_json(capsys, tmp_path):

@@ -147,7 +147,8 @@ def interrupt_at(after_step: Callable[[Callable[[int], Any]], None]) -> Callable
 
 @pytest.fixture
 def stop_and_resume(interrupt_at: Callable[[int], None]) -> Callable[..., RunResult]:
-    """Has a run made, stopped after a step and resumed; returns its result, which is that of an uninterrupted one.
+    """Has a run made, stopped after a step and resumed, and again after its result could not be written; returns its
+    result, which is that of an uninterrupted one.
 
     ``make(folder, resume=…)`` makes the run; with ``others``, options of another run, it is refused.
     """
@@ -166,7 +167,13 @@ def stop_and_resume(interrupt_at: Callable[[int], None]) -> Callable[..., RunRes
                 TrainingError, match=rf"(?s)another run.*{name}: found .* in the checkpoint, {value} now"
             ):
                 make("parts", resume=True, **{name: value})
-        resumed: RunResult = make("parts", resume=True).run()
+        (in_the_way := straight.file.parent.with_name("parts") / straight.file.name).mkdir()
+        with pytest.raises(TrainingError, match=r"cannot write .*; expected a folder with room: then go on with --res"):
+            make("parts", resume=True).run()
+        in_the_way.rmdir()
+        finished = make("parts", resume=True)
+        assert finished.loop.step == straight.steps
+        resumed: RunResult = finished.run()
         assert resumed.file.read_bytes() == straight.file.read_bytes()
         assert resumed.curve.read_text() == straight.curve.read_text()
         assert (resumed.steps, resumed.best_step) == (straight.steps, straight.best_step)

@@ -110,7 +110,7 @@ class Inversion:
     def run(self) -> RunResult:
         """Train to the last step and write the best prompts; every process returns the result.
 
-        Errors are those of `TrainingLoop.run`, and an `OutOfMemoryError` without memory for a step.
+        Errors are those of `TrainingLoop.run` and `finishing`, and an `OutOfMemoryError` without memory for a step.
         """
         self._estimate_time()
         if not self.loop.history:
@@ -200,8 +200,8 @@ class Inversion:
         result = RunResult(self.files.result, self.files.curve, self.loop.step, best, relative, self.loop.seconds)
         if self.accelerator.is_main_process:
             prompts = Prompts.of(self.best, self.files.name, self.base.fingerprint, self._meta(result))
-            save_prompts(prompts, self.files.result)
-            self.files.checkpoint.unlink(missing_ok=True)
+            with self.loop.finishing(self.files.result):
+                save_prompts(prompts, self.files.result)
             if best == 0:
                 log.warning("no step lowered the held-out loss; the initial prompts are kept: change --lr or --steps")
             log.info("kept step %d: held-out loss: %.4f x that of the initial prompts", best, relative)

@@ -51,10 +51,22 @@ class CheckReport:
     """The least that passes; for a bundle in int8 see `check_bundle`."""
 
     @property
+    def faults(self) -> list[str]:
+        """What is past the tolerance or not exact enough, and what to do, a line each."""
+        faults = []
+        if not all(error <= self.tolerance for error in self.figures.values()):
+            faults.append("does not compute what torch computes here; export it again, or use another backend")
+        if self.auto is not None and self.auto_psnr is not None and not self.auto_psnr >= self.auto_expected:
+            faults.append(
+                f"is {self.auto_psnr:.1f} dB from fp32 with {self.auto.backend} in {self.auto.compute_dtype} here; "
+                f"expected {self.auto_expected:.3g}: paint with --compute-dtype fp32"
+            )
+        return faults
+
+    @property
     def passed(self) -> bool:
-        """Whether every figure is within the tolerance, and ``auto`` is exact enough."""
-        exact = self.auto_psnr is None or self.auto_psnr >= self.auto_expected
-        return exact and all(error <= self.tolerance for error in self.figures.values())
+        """Whether there are no `faults`."""
+        return not self.faults
 
 
 def check_bundle(

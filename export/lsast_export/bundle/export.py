@@ -6,6 +6,7 @@ by tensor, tracing needs none, baking reads one matrix at a time, and torch has 
 opened (`parity`).
 """
 
+import contextlib
 import copy
 import dataclasses
 import logging
@@ -22,7 +23,7 @@ from lsast_engines.bundle.bundle import NULL_STYLE_FILE, PROMPTS, STYLES, Bundle
 from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY
 from lsast_engines.bundle.manifest import MANIFEST, Manifest, StorageDtype
 from lsast_engines.environment import package_version
-from lsast_engines.errors import ExportError, fault_list
+from lsast_engines.errors import ExportError, LsastError, fault_list
 from lsast_engines.files import scratch_folder
 from lsast_train.base.base import Base
 from lsast_train.base.fingerprint import EXPORTED_FROM, check_fingerprint
@@ -90,7 +91,7 @@ def export_bundle(
 
     Args:
         base: the base, which is not changed; a `LazyBase` needs less memory.
-        out: the folder. A bundle there is replaced, its other styles are kept.
+        out: the folder. A bundle there is replaced, its other styles are kept; without `styles` its default one, too.
         styles: prompts that were learned on `base`.
         defaults: replace those of `default_options` in the manifest.
         traced: graphs of this base from `trace_graphs`, to write several storage types from one trace.
@@ -145,7 +146,10 @@ def export_bundle(
             geometry=geometry(empty),
             attention_layers=projector.layers,
             graphs=specs,
-            defaults={**default_options(stored, [style.name for style in baked]), **(defaults or {})},
+            defaults={
+                **default_options(stored, [style.name for style in baked] or _default_style(out)),
+                **(defaults or {}),
+            },
             lsast_version=package_version("lsast"),
             parity=figures,
             source={
@@ -195,6 +199,15 @@ def inherited_from(folder: Path | None) -> Inherited:
     if lost := sorted(baked - {prompts.name for prompts in styles}):
         _log.warning("styles of %s that have no prompts there are left out: %s", folder, ", ".join(lost))
     return Inherited(manifest.defaults, small, tuple(styles))
+
+
+def _default_style(folder: Path) -> list[str]:
+    """The name of the default style of the bundle in `folder`, if both are there and can be read."""
+    with contextlib.suppress(OSError, ValueError, LsastError):
+        manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), str(folder))
+        name = manifest.defaults.get("style", "none")
+        return [name] if (folder / STYLES / f"{name}.safetensors").is_file() else []
+    return []
 
 
 def _with_origin(base: Base | LazyBase) -> Base | LazyBase:

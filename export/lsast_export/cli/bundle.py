@@ -1,5 +1,6 @@
 """The commands `bundle`, `decoder` and `check`: export a base, add a small decoder to a bundle, verify one."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lsast_engines.cli import (
     debug_option,
     fail,
     json_option,
+    log_to_stderr,
     print_result,
 )
 from lsast_engines.errors import UsageError
@@ -105,12 +107,14 @@ def export(
     **imports: str | None,
 ) -> None:
     """Export `base` with `styles` to `out` and print where; `imports` are the other fields of `BaseSource`."""
+    click.get_current_context().with_resource(log_to_stderr(logging.WARNING))
     if backend is not None and backend.startswith("tensorrt"):
         raise UsageError(
             f"found --backend {backend}; expected onnxruntime or openvino, to compare with torch on: engines are "
             f"compiled by lsast-export compile {out} --backend {backend}"
         )
     wanted, for_styles = parse_defaults(defaults)
+    from lsast_engines.bundle.bundle import STYLES
     from lsast_engines.environment import peak_memory
     from lsast_train.base.lazy_base import open_base, resolve_local_base
     from lsast_train.checkpoints.source import BaseSource
@@ -129,7 +133,8 @@ def export(
     chosen_styles = read_prompts(styles, folder)
     names = {style.name for style in chosen_styles}
     prompts = with_defaults([*chosen_styles, *(s for s in before.styles if s.name not in names)], for_styles)
-    kept = {key: value for key, value in before.defaults.items() if key != "style" or not names}
+    there = {*(style.name for style in prompts), *(file.stem for file in (out / STYLES).glob("*.safetensors"))}
+    kept = {key: value for key, value in before.defaults.items() if key != "style" or (not names and value in there)}
     chosen: dict[str, Any] = {"storage_dtype": storage_dtype, "backend": backend}
     options = ExportOptions(**{key: value for key, value in chosen.items() if value is not None})
     written = export_bundle(networks, out, prompts, options, {**kept, **wanted}, progress=phases)
@@ -171,6 +176,7 @@ def decoder_command(bundle: str, small: Path, backend: str) -> None:
     It must have been made for the latents of that base: TAESD's is for those of Stable Diffusion 1.x. It is compared
     with torch; weights, the other graphs and styles of the bundle stay as they are.
     """
+    click.get_current_context().with_resource(log_to_stderr(logging.WARNING))
     from lsast_engines.bundle.bundle import Bundle, find_bundle
 
     from ..bundle.add_decoder import add_small_decoder
@@ -199,6 +205,7 @@ def decoder_command(bundle: str, small: Path, backend: str) -> None:
 @debug_option
 def check_command(bundle: str, backend: str, device: str) -> None:
     """Verify BUNDLE (a folder or a name): hashes, graphs, styles, and parity with torch on this machine."""
+    click.get_current_context().with_resource(log_to_stderr(logging.WARNING))
     from lsast_engines.bundle.bundle import find_bundle
 
     from ..bundle.check import check_bundle
@@ -229,5 +236,5 @@ def check_command(bundle: str, backend: str, device: str) -> None:
         "seconds": phases.seconds(),
     }
     print_result(facts, report.bundle)
-    if not report.passed:
-        fail(f"{report.bundle} does not compute what torch computes here; export it again, or use another backend", 1)
+    if report.faults:
+        fail(f"{report.bundle} {', and '.join(report.faults)}", 1)

@@ -4,6 +4,10 @@ The result's path, or with `--json` one JSON object, goes to stdout; phases and 
 done, 1 failed, 2 wrong usage, 130 interrupted. torch and onnx are imported only when there is something to do.
 """
 
+import contextlib
+import logging
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,6 +33,16 @@ from .compile import compile_command, compile_engines
 from .quantize import quantize_command
 
 
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, which removes what is unfinished."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @click.group("lsast-export", cls=Group, invoke_without_command=True, requires=("export", "torch"))
 @style_options
 @bundle_options(hidden=True)
@@ -47,6 +61,7 @@ def main(
     A style is baked for the bundle of its base and put into your style folder; a base that is no bundle yet is
     exported by the command `bundle`. With --backend tensorrt-rtx or tensorrt, missing engines are compiled, too.
     """
+    ctx.with_resource(_sigterm_as_ctrl_c())
     given = [name for name, value in options.items() if value]
     if ctx.invoked_subcommand is not None:
         if given or styles or base or defaults:
@@ -75,6 +90,7 @@ def bake(
 
     With `backend`, the engines of the bundle that are missing are compiled, too.
     """
+    click.get_current_context().with_resource(log_to_stderr(logging.WARNING))
     if backend is not None:
         require_extra(*EXTRA)
     for_bundle, for_styles = parse_defaults(defaults)

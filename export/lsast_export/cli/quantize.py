@@ -1,12 +1,13 @@
 """`lsast-export quantize`: make a bundle in int8 from an exported one."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from lsast_engines.cli import Command, debug_option, json_option, print_result
+from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr, print_result
 from lsast_engines.environment import peak_memory, require_extra
 from lsast_train.cli.shared import declared_options
 
@@ -60,6 +61,7 @@ def quantize_command(
     given = click.get_current_context().get_parameter_source("smooth")
     if no_smooth and given is not ParameterSource.DEFAULT:
         raise click.UsageError("found --smooth and --no-smooth; expected one of them")
+    click.get_current_context().with_resource(log_to_stderr(logging.WARNING))
     require_extra("cpu", "onnxruntime")
     from lsast_engines.bundle.bundle import Bundle, find_bundle
 

@@ -5,6 +5,7 @@ of the base fits it. It is no base itself: styles are learned and baked with the
 """
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import tempfile
@@ -21,7 +22,7 @@ from lsast_engines.bundle.manifest import QUANTIZED
 from lsast_engines.declared_options import option_faults, rules_of
 from lsast_engines.environment import package_version
 from lsast_engines.errors import LsastError, ParityError, UsageError, fault_list
-from lsast_engines.files import scratch_folder
+from lsast_engines.files import NOWHERE, scratch_folder
 from lsast_engines.images import psnr
 
 from ..progress import Progress, no_progress
@@ -45,16 +46,17 @@ def quantize_bundle(
     """Write the quantized bundle of `source` to the folder `out`, with its styles; a bundle there is replaced.
 
     Raises:
-        UsageError: `source` is quantized already or has no style, or invalid options; all faults at once.
+        UsageError: `source` lies at `out`, is quantized already or has no style, or invalid options; all at once.
         ParityError: the pictures miss the target.
         BundleError: `out` is no bundle and not empty.
         MissingExtraError, BackendError: the backend is not installed.
     """
     options = options or QuantizeOptions()
     require_free(out, replace=True)
-    # A user's style of the same name would be painted in place of the bundle's.
-    styles = [name for name, path in source.styles().items() if path.parent == source.path / STYLES]
-    _require(source, styles, options)
+    source = copy.copy(source)
+    source.user_style_folder = NOWHERE  # a user's style of the same name would be painted in place of the bundle's
+    styles = list(source.styles())
+    _require(source, out, styles, options)
     manifest = source.manifest
     progress("calibrating")
     contents, origin = load_calibration_images(options.images, 2 * options.pictures, options.size)
@@ -111,9 +113,11 @@ def quantize_bundle(
         return Bundle.write(out, written, sources, replace=True)
 
 
-def _require(source: Bundle, styles: Sequence[str], options: QuantizeOptions) -> None:
+def _require(source: Bundle, out: Path, styles: Sequence[str], options: QuantizeOptions) -> None:
     manifest = source.manifest
     faults = []
+    if out.exists() and out.samefile(source.path):
+        faults.append("out: found the folder of the bundle itself; expected another, as styles are learned on it only")
     if manifest.storage_dtype in QUANTIZED:
         faults.append(f"found a bundle in {manifest.storage_dtype}; expected the one that it was made from")
     if not styles:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lsast_engines.errors import PictureError, UsageError, shown
-from lsast_engines.files import is_own, make_folder, replace_file, try_lock
+from lsast_engines.files import is_own, lock_file, make_folder, replace_file
 
 from ..images.formats import ANIMATIONS, check_format
 from ..result import validate_output_place
@@ -179,18 +179,14 @@ class Unfinished:
             raise PictureError(
                 f"found {self._folder}, a link or a folder of another user; expected no such name: remove it"
             )
-        descriptor = -1
         try:
             make_folder(self._folder)
-            with contextlib.suppress(FileNotFoundError):  # a run that ends has just removed what was made or opened
-                descriptor = os.open(self._folder / _LOCK, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
-                if try_lock(descriptor) and os.path.samestat(os.fstat(descriptor), os.stat(self._folder / _LOCK)):
-                    return descriptor
+            descriptor = lock_file(self._folder / _LOCK)
         except OSError as error:
             raise PictureError(f"cannot write {self._out} ({error}); expected a writable folder") from error
-        if descriptor >= 0:
-            os.close(descriptor)
-        raise PictureError(f"{self._out} is being painted by another run; wait for it, or take another OUT")
+        if descriptor < 0:
+            raise PictureError(f"{self._out} is being painted by another run; wait for it, or take another OUT")
+        return descriptor
 
     def _load(self) -> None:
         """Read what an earlier run left; throw it away, with a word, if it is damaged or of another painting."""

@@ -80,6 +80,14 @@ def test_export_bundle_bakes_styles_with_rounded_weights(bundles, prompts):
     assert bundle.manifest.defaults["style"] == "hand"
 
 
+def test_export_bundle_over_a_bundle_keeps_its_default_style(base, bundles, traced, tmp_path):
+    shutil.copytree(bundles["fp16"].path, out := tmp_path / "out")
+    written = export_bundle(base, out, traced=traced)
+    assert (list(written.styles()), written.manifest.defaults["style"]) == (["hand"], "hand")
+    (out / "styles" / "hand.safetensors").unlink()
+    assert export_bundle(base, out, traced=traced).manifest.defaults["style"] == "none"
+
+
 def constant(value: ir.Value) -> np.ndarray:
     return value.const_value.numpy()
 

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import logging
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.bundle.style import Style, StyleFile
+from lsast_engines.errors import UsageError
 from lsast_export.cli.main import main
 from lsast_train.base.lazy_base import save_base
 from lsast_train.prompts.prompt_file import Prompts, load_prompts, save_prompts
@@ -135,6 +138,35 @@ def test_style_option_with_missing_or_repeated_prompts_fails(bundles, learned):
     assert "more than one style named hand" in twice.stderr
 
 
+def test_export_that_sigterm_ends_leaves_nothing(base, monkeypatch):
+    save_base(base, Path("trained"))
+    signal.signal(signal.SIGTERM, handler := lambda *_: pytest.fail("not handled"))  # it would end the tests
+    monkeypatch.setattr("lsast_export.bundle.export.trace_graphs", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    try:
+        result = lsast_export("bundle", "--base", "trained", "--out", "engines/mine")
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (130, "Error: interrupted")
+    assert not list(Path("engines").iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["bundle", "-o", "x"], ["check", "x"], ["decoder", "x", "--small", "x"], ["quantize", "-o", "x"], ["-s", "x"]],
+)
+def test_warning_of_a_command_is_escaped_and_quiet_hides_it(monkeypatch, arguments):
+    def warn(*_: object) -> None:
+        logging.getLogger("lsast.export").warning("a\x1b[2J")
+        raise UsageError("stop")
+
+    monkeypatch.setattr("lsast_engines.bundle.bundle.find_bundle", warn)
+    monkeypatch.setattr("lsast_train.base.lazy_base.open_base", warn)
+    for more in ([], ["-q"]):
+        told = lsast_export(*arguments, *more).stderr
+        assert ("a\\x1b[2J\n" in told, "\x1b" in told, "Error: stop" in told) == (not more, False, True)
+
+
 @pytest.mark.usefixtures("learned")
 def test_default_option_is_stored_in_the_style(bundles):
     base = bundles["fp16"].path
@@ -215,6 +247,8 @@ def test_bundle_command_exports_a_trained_base(base, learned, caplog):
 
     # in another precision, which is another base: its styles are baked again
     (out / "styles" / "lone.safetensors").write_bytes((out / "styles" / "hand.safetensors").read_bytes())
+    described = (out / "manifest.json").read_text()
+    (out / "manifest.json").write_text(described.replace('"style": "hand"', '"style": "lone"'))
     shutil.rmtree("runs")
     widened = lsast_export("bundle", "--base", out, "--out", "engines/wide", "--storage-dtype", "fp32")
     assert widened.exit_code == 0, widened.stderr

@@ -2,6 +2,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,30 @@ def test_quantized_bundle_cannot_be_quantized_loaded_or_compiled(quantized, tmp_
     with pytest.raises(UsageError, match=r"quantized for CPUs.*mini \(fp16\)"):
         compile_bundle(quantized.path, CompileOptions("tensorrt-rtx"), tmp_path / "engines")
     assert not (tmp_path / "engines").exists()
+
+
+def test_quantize_bundle_to_its_own_folder_is_refused(bundles, tmp_path):
+    source = bundles["fp32"].path
+    (link := tmp_path / "link").symlink_to(source)
+    for out in (source, link, source / "styles" / ".."):
+        with pytest.raises(UsageError, match="found the folder of the bundle itself"):
+            quantize_bundle(bundles["fp32"], out, QuantizeOptions(**SMALL), lambda phase: pytest.fail(phase))
+
+
+def test_quantize_bundle_takes_its_own_style_where_the_user_has_one_of_that_name(bundles, monkeypatch, tmp_path):
+    source = Bundle.open(bundles["fp32"].path)
+    shutil.copytree(source.path / "styles", source.user_style_folder)
+    painted: list[Path] = []
+
+    def paint(bundle: Bundle, _: object, styles: list[str], *__: object, **___: object) -> None:
+        painted.extend(bundle.open_style(name).path for name in styles)
+        raise ParityError
+
+    monkeypatch.setattr("lsast_export.quantize.quantize.paint", paint)
+    with pytest.raises(ParityError):
+        quantize_bundle(source, tmp_path / "out", QuantizeOptions(**SMALL))
+    assert painted == [source.path / "styles" / "hand.safetensors"]
+    assert source.styles()["hand"].parent == source.user_style_folder
 
 
 def test_quantize_bundle_below_the_target_writes_nothing(bundles, tmp_path):

@@ -261,7 +261,7 @@ def test_paint_video_that_cannot_write_says_why_and_goes_on_later(stylizer, phot
 
     with monkeypatch.context() as patch:
         patch.setattr("lsast.video.transcode.join", full)
-        with pytest.raises(PictureError, match=r"cannot write .*out\.mp4 \(\[Errno 28\] No space left on device\)"):
+        with pytest.raises(PictureError, match=r"cannot write .*out\.mp4 \(\[Errno 28\] No space left on device"):
             paint_video(source, out, stylizer, QUICK)
     assert paint_video(source, out, stylizer, QUICK)["resumed"] == 3
 

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from lsast_engines.files import lock_file
 from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base, save_base
 from lsast_train.prompts.prompt_file import load_prompts
+from lsast_train.training.run import RunFiles
 
 
 @pytest.fixture
@@ -36,6 +38,7 @@ def _errors(err: str) -> list[str]:
         (["--style", "red", "--images", ".", "--no-such-option"], "No such option"),
         (["--style", "red", "--images", ".", "--steps", "0", "--lr", "-1"], "steps: found 0"),
         (["--style", "red", "--images", ".", "--variant", "step", "--layout", "overlap"], "overlap with variant"),
+        (["distill", "--style", "red", "--images", "."], "Missing option '--guidance'"),
         (["monet"], "found command 'monet'"),
         (["--style", "rotü", "--images", ".", "--base", "nowhere"], "name: found 'rotü'"),
         (["--style", "red", "--images", ".", "--base", "nowhere", "--out", __file__], "expected a folder that can"),
@@ -49,8 +52,12 @@ def test_train_command_with_wrong_usage_exits_with_2(command, arguments, expecte
     assert "Traceback" not in err
 
 
-def test_train_command_that_fails_prints_one_line_and_exits_with_1(command, base_folder, tmp_path):
-    code, _, err = command("--style", "red", "--images", tmp_path / "nowhere", "--base", base_folder)
+@pytest.mark.parametrize(
+    "arguments",
+    [["--images"], ["distill", "--guidance", "3", "--images"], ["finetune", "--images", ".", "--contents"]],
+)
+def test_train_command_without_the_folder_of_pictures_fails_before_the_base(command, tmp_path, arguments):
+    code, _, err = command(*arguments, tmp_path / "nowhere", "--style", "red", "--base", "nowhere")
     assert code == 1
     assert _errors(err) == [f"Error: found no folder {tmp_path / 'nowhere'}; expected a folder of pictures"]
 
@@ -83,6 +90,26 @@ def test_interrupted_training_goes_on_with_resume_and_prints_its_result(
     assert (prompts.meta["licence"], prompts.meta["works"]) == ("CC0", "10")
     knobs = json.loads(prompts.meta["options"])
     assert (knobs["steps"], knobs["schedule"]) == (3, "step")
+
+
+def test_train_command_refuses_a_folder_that_another_run_trains_in_or_has_just_finished(
+    command, base_folder, paintings, tmp_path, monkeypatch
+):
+    files = RunFiles(tmp_path / "runs", "red")
+    arguments = ["--style", "red", "--images", paintings, "--base", base_folder, "--out", files.folder, "--steps", "1"]
+    with files.reserved(64, 8, False):
+        code, out, err = command(*arguments)
+    assert (code, out) == (1, "")
+    assert "is being trained by another run; wait for it" in err
+    assert not list(files.folder.iterdir())
+
+    def finish_meanwhile(path: Path) -> int:
+        files.result.write_text("another run's")
+        return lock_file(path)
+
+    monkeypatch.setattr("lsast_train.training.run.lock_file", finish_meanwhile)
+    assert "found a finished training" in command(*arguments)[2]
+    assert files.result.read_text() == "another run's"
 
 
 def test_training_without_the_extra_names_it(command, monkeypatch):

@@ -21,6 +21,7 @@ from lsast_train.distillation.student import null_rows, read_style
 from lsast_train.distillation.teacher import Teacher, jitter_timesteps, read_contents
 from lsast_train.options import DistillOptions, Solver
 from lsast_train.prompts.prompt_file import Prompts, save_prompts
+from lsast_train.training.run import RunFiles
 
 from ..conftest import weights
 
@@ -121,6 +122,8 @@ def test_distill_command_prints_the_style_file(base, source, paintings, tmp_path
     assert Path(result["file"]) == Path("runs/hand-g3/hand-g3.safetensors")
     assert StyleFile(Path(result["file"])).distilled_guidance == 3.0
     assert "is left" in err
+    with RunFiles(Path("runs/hand-g3"), "hand-g3", prompts=False).reserved(64, 8, False):
+        assert "is being trained by another run" in command(*arguments, "--overwrite")[2]
     code, _, err = command(*arguments[:-1], "--guidance", "1")
     assert (code, "takes one pass already" in err) == (2, True)
 

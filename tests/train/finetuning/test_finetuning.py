@@ -10,12 +10,14 @@ from lsast.sampling.batch import Palette
 from lsast_engines.bundle.style import decode_defaults
 from lsast_engines.diffusion import TimestepSchedule
 from lsast_train.base.base import Base
+from lsast_train.base.lazy_base import save_base
 from lsast_train.finetuning import finetuning
 from lsast_train.finetuning.finetuning import Finetuning
 from lsast_train.finetuning.painter import Painter, random_pictures
 from lsast_train.options import FinetuneOptions
-from lsast_train.prompts.prompt_file import Prompts, load_prompts
+from lsast_train.prompts.prompt_file import Prompts, load_prompts, save_prompts
 from lsast_train.training.rng import RngStream, rng_for
+from lsast_train.training.run import RunFiles
 
 from ..conftest import weights
 
@@ -63,6 +65,15 @@ def test_resumed_finetuning_equals_the_uninterrupted_one(
         return Finetuning(base, prompts, collection, contents, chosen, "redder", tmp_path / name, resume)
 
     stop_and_resume(make, 3, guidance=3.0)
+
+
+def test_finetune_command_refuses_a_folder_that_another_run_trains_in(base, prompts, paintings, tmp_path, command):
+    files = RunFiles(tmp_path, "red")
+    save_prompts(replace(prompts, base=save_base(base, tmp_path / "base")), files.result)
+    arguments = ["--style", files.result, "--base", tmp_path / "base", "--images", paintings, "--contents", paintings]
+    with files.reserved(64, 8, False):
+        code, _, err = command("finetune", *arguments, "--out", tmp_path, "--overwrite")
+    assert (code, "is being trained by another run" in err) == (1, True)
 
 
 def test_painter_paints_in_the_palette_of_the_runtime(base, painter):

@@ -112,3 +112,15 @@ def test_save_writes_json_and_picture(tmp_path):
         assert picture.width >= 600
         colours = set(map(tuple, np.asarray(picture.convert("RGB")).reshape(-1, 3).tolist()))
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two colours: both curves are there
+
+
+def test_curve_or_log_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    for name in ("red.json", "red.png"):
+        (tmp_path / name).mkdir()
+    _curve().save(tmp_path / "red.json", {})
+    assert [record.getMessage().split("'")[1] for record in caplog.records] == [
+        str(tmp_path / "red.json"),
+        str(tmp_path / "red.png"),
+    ]
+    _Counter(tmp_path).loop.write_log(tmp_path / "red.json")
+    assert len(caplog.records) == 3

@@ -10,6 +10,7 @@ import click
 
 from lsast_engines.cli import Group, log_to_stderr
 from lsast_engines.errors import TrainingError, UsageError
+from lsast_engines.images import require_folder
 
 from ..artists import artists_of, pictures_by, style_name
 from ..options import PRESETS, TrainOptions
@@ -100,6 +101,7 @@ def command(
         raise UsageError(f"found no {' and no '.join(missing)}; lsast-train needs both (--help lists all options)")
     source = take_source(chosen)
     options = replace(PRESETS[preset], **{name: value for name, value in chosen.items() if value is not None})
+    require_folder(images)  # before torch is imported, which takes seconds
     pictures: Mapping[str, Sequence[Path] | None]
     if each_artist:
         pictures = artists_of(images)
@@ -133,9 +135,10 @@ def command(
                 continue
             goes_on = files[name].checkpoint.exists() if resume and len(pictures) > 1 else resume
             try:
-                paintings = PaintingDataset.load(images, options.size, options.crop, base.config.size, main, paths)
-                run = Inversion(base, paintings, options, name, files[name].folder, licence, goes_on, device)
-                result = run.run()
+                with files[name].reserved(options.size, 1, goes_on, overwrite, main):
+                    paintings = PaintingDataset.load(images, options.size, options.crop, base.config.size, main, paths)
+                    run = Inversion(base, paintings, options, name, files[name].folder, licence, goes_on, device)
+                    result = run.run()
             except TrainingError as error:
                 if len(pictures) == 1 or isinstance(error, InterruptionError):
                     raise

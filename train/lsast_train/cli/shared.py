@@ -101,16 +101,19 @@ def declared_options(options: type, quick: Any = None) -> OptionDecorator:
         if not option.help:
             continue
         flag, preset = f"--{name.replace('_', '-')}", getattr(quick, name, None)
+        required = quick is None and option.default is None
+        # click 8.3 and later take a default of None for a value, with which nothing is missing.
+        default = {} if required else {"default": option.default if quick is None else None}
         added.append(
             click.option(
                 f"{flag}/--no-{flag[2:]}" if option.type is bool else flag,
                 name,
                 type=_Choice(option.choices) if option.choices else option.type,
                 metavar={int: "N", float: "NUMBER"}.get(option.type),
-                default=option.default if quick is None else None,
-                required=quick is None and option.default is None,
+                required=required,
                 show_default=quick is None,
                 help=option.help + ("" if preset is None or option.type is bool else f" [quick: {preset}]"),
+                **default,
             )
         )
     return combine_options(*reversed(added))

@@ -10,6 +10,7 @@ import click
 
 from lsast_engines.cli import Command, log_to_stderr
 from lsast_engines.errors import UsageError
+from lsast_engines.images import require_folder
 
 from ..options import DistillOptions, FinetuneOptions
 from ..training.run import RunFiles, find_device
@@ -64,6 +65,7 @@ def distill(
     Prints the style file; the held-out error is drawn beside it.
     """
     options = DistillOptions(**chosen)
+    require_folder(images)
     from ..base.lazy_base import load_base, resolve_local_base
     from ..checkpoints.source import BaseSource
     from ..distillation.distillation import Distillation
@@ -82,9 +84,10 @@ def distill(
         found = read_style(style, loaded, bundle)
         name = name or f"{found.name}-g{options.guidance:g}"
         folder = out or Path("runs") / name
-        RunFiles(folder, name, prompts=False).require(options.size, loaded.config.multiple, resume, overwrite)
-        pictures = PaintingDataset.load(images, options.size, "random", loaded.config.size)
-        print_run(Distillation(loaded, found, pictures, options, name, folder, resume, device).run())
+        files = RunFiles(folder, name, prompts=False)
+        with files.reserved(options.size, loaded.config.multiple, resume, overwrite):
+            pictures = PaintingDataset.load(images, options.size, "random", loaded.config.size)
+            print_run(Distillation(loaded, found, pictures, options, name, folder, resume, device).run())
 
 
 @click.command("finetune", cls=Command, requires=EXTRA)
@@ -121,6 +124,8 @@ def finetune(
     Prints the prompt file; its style has the strength, guidance and palette of the options as defaults.
     """
     given, options = take_source(chosen), FinetuneOptions(**chosen)
+    for folder in (images, contents):
+        require_folder(folder)
     from ..base.lazy_base import load_base, resolve_local_base
     from ..checkpoints.source import BaseSource
     from ..finetuning.finetuning import Finetuning
@@ -135,9 +140,9 @@ def finetune(
         prompts = load_prompts(path, loaded)
         name = name or prompts.name
         folder = out or Path("runs") / name
-        RunFiles(folder, name).require(options.size, loaded.config.multiple, resume, overwrite)
-        loaded.round_unet(options.mixed_precision, find_device(device))
-        works, others = (
-            PaintingDataset.load(tree, options.size, "random", loaded.config.size) for tree in (images, contents)
-        )
-        print_run(Finetuning(loaded, prompts, works, others, options, name, folder, resume, device).run())
+        with RunFiles(folder, name).reserved(options.size, loaded.config.multiple, resume, overwrite):
+            loaded.round_unet(options.mixed_precision, find_device(device))
+            works, others = (
+                PaintingDataset.load(tree, options.size, "random", loaded.config.size) for tree in (images, contents)
+            )
+            print_run(Finetuning(loaded, prompts, works, others, options, name, folder, resume, device).run())

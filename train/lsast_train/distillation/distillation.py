@@ -97,7 +97,7 @@ class Distillation:
     def run(self) -> RunResult:
         """Run the teacher, also again for a stopped run; train to the last step, write the best style.
 
-        Errors are those of `TrainingLoop.run`, and a `TrainingError` if nothing was learned.
+        Errors are those of `TrainingLoop.run` and `finishing`, and a `TrainingError` if nothing was learned.
         """
         options, teacher = self.options, Teacher(self.base, self.style, null_rows(self.base), self.options)
         sets = []
@@ -211,7 +211,8 @@ class Distillation:
         }
         with torch.no_grad():
             kv_unet = torch.stack([self.student.rows(stage)[0] for stage in range(self.style.stages)]).cpu().numpy()
-        replace(self.style, name=files.name, base=self.base.fingerprint, kv_unet=kv_unet, meta=meta).save(files.result)
-        files.checkpoint.unlink(missing_ok=True)
+        style = replace(self.style, name=files.name, base=self.base.fingerprint, kv_unet=kv_unet, meta=meta)
+        with self.loop.finishing(files.result):
+            style.save(files.result)
         log.info("kept step %d: %.4f of the way from unguided to guided is left", best, relative)
         return RunResult(files.result, files.curve, self.loop.step, best, relative, self.loop.seconds)

@@ -97,7 +97,7 @@ class Finetuning:
         )
 
     def run(self) -> RunResult:
-        """Train to the last step and write its prompts; errors are those of `TrainingLoop.run`."""
+        """Train to the last step and write its prompts; errors are those of `TrainingLoop.run` and `finishing`."""
         if not self.loop.history:
             self._evaluate(None)
         self.loop.run(self._train_step, self._evaluate)
@@ -150,8 +150,8 @@ class Finetuning:
             meta=meta,
         )  # fmt: skip
         self.loop.write_log(self.files.curve)
-        save_prompts(tuned, self.files.result)
-        self.files.checkpoint.unlink(missing_ok=True)
+        with self.loop.finishing(self.files.result):
+            save_prompts(tuned, self.files.result)
         if end >= start:
             log.warning("the held-out loss did not fall: %.4f x that of the start; change --lr or --steps", end / start)
         return result

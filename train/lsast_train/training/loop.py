@@ -25,7 +25,7 @@ from lsast_engines.environment import peak_memory
 from lsast_engines.errors import TrainingError, fault_list, shape_faults
 from lsast_engines.files import replace_file
 
-from .run import InterruptionError
+from .run import InterruptionError, warn_of_unwritten
 
 log = logging.getLogger("lsast.train")
 
@@ -127,9 +127,25 @@ class TrainingLoop:
             setattr(self, name, facts[name])
         log.info("goes on after step %d of %d", self.step, self.options.steps)
 
+    @contextlib.contextmanager
+    def finishing(self, result: Path) -> Iterator[None]:
+        """Remove the checkpoint after the block, which writes the `result` of a finished run; keep one if it fails.
+
+        Raises:
+            TrainingError: the result cannot be written; it says whether a checkpoint could be.
+        """
+        try:
+            yield
+        except OSError as error:
+            with contextlib.suppress(OSError):  # one of an earlier step may be there
+                self.save()
+            again = ": then go on with --resume" if self.checkpoint.exists() else ""
+            raise TrainingError(f"cannot write {result} ({error}); expected a folder with room{again}") from error
+        self.checkpoint.unlink(missing_ok=True)
+
     def write_log(self, path: Path) -> None:
-        """Write the options of the run and `history` as JSON."""
-        with replace_file(path) as handle:
+        """Write the options of the run and `history` as JSON; only a warning tells if that fails."""
+        with warn_of_unwritten(), replace_file(path) as handle:
             handle.write(json.dumps({"options": asdict(self.options), "history": self.history}, indent=1).encode())
 
     def descend(self, loss: torch.Tensor, lr: float, clip: float | None = None) -> float:

@@ -5,9 +5,12 @@ Never imports torch before a device is asked for, so that ``lsast-train --help``
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 from lsast_engines.bundle.style import style_name_faults
 from lsast_engines.environment import package_version
 from lsast_engines.errors import TrainingError, UsageError, fault_list
-from lsast_engines.files import replace_file, require_writable
+from lsast_engines.files import lock_file, make_folder, replace_file, require_writable
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger("lsast.train")
 
 CURVE_FORMAT = 1
 """Format number of the loss curve's JSON."""
@@ -30,6 +35,15 @@ class InterruptionError(TrainingError):
     def __init__(self, number: int, step: int, checkpoint: Path) -> None:
         super().__init__(f"stopped after step {step}; {checkpoint} is whole: go on with --resume")
         self.exit_code = 128 + number
+
+
+@contextlib.contextmanager
+def warn_of_unwritten() -> Iterator[None]:
+    """Makes a warning of an error of the block, which writes a loss curve: no run ends by it."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("the loss curve cannot be written: %s", error)
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,32 @@ class RunFiles:
             )
         require_writable(self.folder)
 
+    @contextlib.contextmanager
+    def reserved(
+        self, size: int, multiple: int, resume: bool, overwrite: bool = True, writes: bool = True
+    ) -> Iterator[None]:
+        """`require`, and refuse other runs while the block runs; of several processes only that which `writes` locks.
+
+        Raises:
+            UsageError, TrainingError: as `require`; or another run is at it.
+            OSError: the folder cannot be written.
+        """
+        self.require(size, multiple, resume, overwrite)
+        if not writes:
+            yield
+            return
+        make_folder(self.folder)
+        lock = self.folder / f".{self.name}.lock"
+        if (descriptor := lock_file(lock)) < 0:
+            raise TrainingError(f"{self.result} is being trained by another run; wait for it, or name another --out")
+        try:
+            self.require(size, multiple, resume, overwrite)  # another run may have ended meanwhile
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                lock.unlink()
+            os.close(descriptor)
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -133,7 +173,7 @@ class LossCurve:
         return min(self.evaluations[first:], key=self.relative)
 
     def save(self, path: Path, facts: dict[str, Any], stages: Sequence[int] | None = None) -> None:
-        """Write ``path`` (JSON) and the same name with ``.png``, both whole.
+        """Write ``path`` (JSON) and the same name with ``.png``, both whole; only a warning tells if that fails.
 
         Args:
             facts: more to tell there; ``name`` is the picture's title.
@@ -146,9 +186,9 @@ class LossCurve:
         ]
         stages = list(range(len(best["held_out"])) if stages is None else stages)
         document = {"format": CURVE_FORMAT, **facts, "stages": stages, "best_step": best["step"], "evaluations": rows}
-        with replace_file(path) as handle:
+        with warn_of_unwritten(), replace_file(path) as handle:
             handle.write(json.dumps(document, indent=1).encode())
-        with replace_file(path.with_suffix(".png")) as handle:
+        with warn_of_unwritten(), replace_file(path.with_suffix(".png")) as handle:
             handle.write(self._plot(best, facts.get("name", ""), stages))
 
     def _plot(self, best: Evaluation, title: str, stages: list[int]) -> bytes:
