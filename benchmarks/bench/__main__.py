@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from lsast_engines.cli import Command, debug_option
+from lsast_engines.errors import UsageError, fault_list
 
 
 @click.command("bench", cls=Command)
@@ -56,13 +57,14 @@ def main(
     a process of its own, so that its memory is its own. Run nothing else meanwhile.
     """
     from lsast.images.contact_sheet import parse_axes
-    from lsast.options.options import preset_options
+    from lsast.options.options import Options
+    from lsast_engines.declared_options import option_faults
 
     from .configurations import parse_counts, plan
     from .report import markdown
 
-    for preset in presets:
-        preset_options(preset)
+    if faults := [fault for preset in presets for fault in option_faults(Options, {"preset": preset})]:
+        raise UsageError(fault_list("invalid options:", faults))
     configurations = plan(
         backends or _installed(),
         presets,

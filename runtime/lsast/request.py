@@ -179,7 +179,7 @@ def resolve_options(
         try:
             styles[term.style] = styles.get(term.style) or open_style(term.style)
         except UnknownStyleError as error:
-            if given.get("style") is None:  # the default of a bundle that was written without a style is no style
+            if given.get("style") is None and term.style == "none":  # of a bundle that was written without a style
                 faults.append(
                     f"style: found none; expected one of {', '.join(bundle.styles()) or 'those of lsast-train'}"
                 )
@@ -190,9 +190,9 @@ def resolve_options(
         known = {name: given[name] for name in given if name in rules()}
         options = Options.resolve(known, manifest.defaults, styles, preset)
     except UsageError as error:
-        raise UsageError(fault_list(Lines(error), faults)) from None
+        raise UsageError(fault_list(Lines(error), [*dict.fromkeys(faults)])) from None
     if faults:
-        raise UsageError(fault_list("invalid options:", faults))
+        raise UsageError(fault_list("invalid options:", [*dict.fromkeys(faults)]))
     Mix.parse(options.style).check_stages(manifest.stages)
     require_graphs(bundle, options)
     make_schedule(bundle, options)

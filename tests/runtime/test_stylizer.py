@@ -92,6 +92,9 @@ def test_stylize_without_a_style_or_a_default_lists_the_styles(stylizer, photo, 
     monkeypatch.setitem(stylizer.bundle.manifest.defaults, "style", "none")  # as export_bundle writes it without one
     with pytest.raises(UsageError, match=r"style: found none; expected one of monet, vangogh$"):
         stylizer.stylize(photo)
+    monkeypatch.setitem(stylizer.bundle.manifest.defaults, "style", "monett")
+    with pytest.raises(UsageError, match=r"style: found no style 'monett' .*; did you mean monet\?"):
+        stylizer.stylize(photo)
 
 
 WRONG = [[], {}, object(), b"x", math.nan, 10**5000, -1, 1j, {1}, np.zeros(3), Fraction(10**400), "?", Decimal(1)]

@@ -78,6 +78,10 @@ class OpenVinoEngine(Engine):
         self._pages = MmapPages(path.parent)
         self._model: Any = None
         _holders.clear()
+        self._key = object()
+        _open[self._key] = self._threads
+        weakref.finalize(self, _open.pop, self._key, None).atexit = False
+        _most[self._threads] = max(_most[self._threads], [*_open.values()].count(self._threads))
 
         def load(entry: Path) -> Any:
             return core.import_model(io.BytesIO((entry / _BLOB).read_bytes()), "CPU", config)
@@ -111,8 +115,6 @@ class OpenVinoEngine(Engine):
         with self._pages.advise_dontneed():
             self._request: Any = self._compiled.create_infer_request()
         self._shapes: list[tuple[int, ...]] = []
-        _open.add(self)
-        _most[self._threads] = max(_most[self._threads], sum(engine._threads == self._threads for engine in _open))
 
     def _bind(self, feeds: dict[str, Array]) -> None:
         openvino = import_library("openvino")
@@ -156,11 +158,12 @@ class OpenVinoEngine(Engine):
         self._compiled.release_memory()
 
     def _close(self) -> None:
-        _open.discard(self)
+        _open.pop(self._key, None)
         self._request = self._compiled = self._model = None
 
 
-_open: weakref.WeakSet[OpenVinoEngine] = weakref.WeakSet()
+_open: dict[object, int | None] = {}
+"""The numbers of threads of the open engines. A dict is copied in one step, a WeakSet is not."""
 _most: Counter[int | None] = Counter()
 """The most engines that were open at once, by their number of threads."""
 _holders: list[tuple[int | None, Any]] = []
@@ -175,7 +178,7 @@ def _threading(threads: int | None) -> dict[str, Any]:
 def _before_fork() -> None:
     """Let small models hold the threads of closed engines, which OpenVINO keeps for engines with as many threads: a
     forked process would be given them without the threads, and wait for ever (OpenVINO 2026.4.1)."""
-    held = Counter(engine._threads for engine in _open) + Counter(threads for threads, _ in _holders)
+    held = Counter([*_open.values()]) + Counter(threads for threads, _ in _holders)
     for threads in (_most - held).elements():
         openvino = import_library("openvino")
         x = openvino.op.Parameter(openvino.Type.f32, openvino.PartialShape([1]))

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,7 +148,7 @@ def export_bundle(
             attention_layers=projector.layers,
             graphs=specs,
             defaults={
-                **default_options(stored, [style.name for style in baked] or _default_style(out)),
+                **default_options(stored, [style.name for style in baked] or _default_style(out, stored.fingerprint)),
                 **(defaults or {}),
             },
             lsast_version=package_version("lsast"),
@@ -201,13 +202,19 @@ def inherited_from(folder: Path | None) -> Inherited:
     return Inherited(manifest.defaults, small, tuple(styles))
 
 
-def _default_style(folder: Path) -> list[str]:
-    """The name of the default style of the bundle in `folder`, if both are there and can be read."""
+def _default_style(folder: Path, fingerprint: str) -> list[str]:
+    """The default style of the bundle in `folder`, if it is there, can be read, and is of this base."""
     with contextlib.suppress(OSError, ValueError, LsastError):
         manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), str(folder))
-        name = manifest.defaults.get("style", "none")
-        return [name] if (folder / STYLES / f"{name}.safetensors").is_file() else []
+        style = str(manifest.defaults.get("style", "none"))
+        files = [folder / STYLES / f"{name}.safetensors" for name in names_of_mix(style)]
+        return [style] if manifest.fingerprint == fingerprint and all(file.is_file() for file in files) else []
     return []
+
+
+def names_of_mix(style: str) -> set[str]:
+    """The names of the styles in a mix (`lsast.options.style_mix`)."""
+    return {re.split("[:@]", term)[0] for term in style.split("+")}
 
 
 def _with_origin(base: Base | LazyBase) -> Base | LazyBase:

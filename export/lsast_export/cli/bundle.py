@@ -120,7 +120,7 @@ def export(
     from lsast_train.checkpoints.source import BaseSource
 
     from ..bundle.add_decoder import add_small_decoder
-    from ..bundle.export import ExportOptions, export_bundle, inherited_from
+    from ..bundle.export import ExportOptions, export_bundle, inherited_from, names_of_mix
     from ..styles.bake import read_prompts, with_defaults
 
     phases = PhaseTimer()
@@ -134,7 +134,11 @@ def export(
     names = {style.name for style in chosen_styles}
     prompts = with_defaults([*chosen_styles, *(s for s in before.styles if s.name not in names)], for_styles)
     there = {*(style.name for style in prompts), *(file.stem for file in (out / STYLES).glob("*.safetensors"))}
-    kept = {key: value for key, value in before.defaults.items() if key != "style" or (not names and value in there)}
+    kept = {
+        key: value
+        for key, value in before.defaults.items()
+        if key != "style" or (not names and names_of_mix(value) <= there)
+    }
     chosen: dict[str, Any] = {"storage_dtype": storage_dtype, "backend": backend}
     options = ExportOptions(**{key: value for key, value in chosen.items() if value is not None})
     written = export_bundle(networks, out, prompts, options, {**kept, **wanted}, progress=phases)

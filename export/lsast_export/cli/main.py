@@ -7,6 +7,7 @@ done, 1 failed, 2 wrong usage, 130 interrupted. torch and onnx are imported only
 import contextlib
 import logging
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -36,11 +37,14 @@ from .quantize import quantize_command
 @contextlib.contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
     """Let SIGTERM end the command as Ctrl-C does, which removes what is unfinished."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 @click.group("lsast-export", cls=Group, invoke_without_command=True, requires=("export", "torch"))

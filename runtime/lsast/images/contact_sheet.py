@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,10 +89,8 @@ def contact_sheet(
         LsastError: see `Stylizer.stylize`; all options and the size of the sheet are checked before the first painting.
         UsageError: no axis, one without a value, or more than `MOST_CELLS` combinations.
     """
-    counts = [
-        len(axis) if isinstance(name, str) and isinstance(axis, Collection) and not isinstance(axis, str) else 0
-        for name, axis in (axes.items() if isinstance(axes, Mapping) else ())
-    ]
+    given = axes.items() if isinstance(axes, Mapping) else ()
+    counts = [_count(axis) if isinstance(name, str) else 0 for name, axis in given]
     if not counts or not all(counts):
         raise UsageError("found no axis, or one without a list of values; expected such as {'strength': [0.4, 0.6]}")
     if not (on_cell is None or callable(on_cell)):
@@ -128,6 +127,16 @@ def contact_sheet(
         if on_cell:
             on_cell(len(cells), total)
     return Sheet(image, cells, common)
+
+
+def _count(axis: Any) -> int:
+    """How many values an axis has; 0 for what is no list of values."""
+    try:
+        return 0 if isinstance(axis, (str, bytes, bytearray)) or not isinstance(axis, Collection) else len(axis)
+    except TypeError:  # an array without a dimension
+        return 0
+    except OverflowError:
+        return sys.maxsize
 
 
 def _labelled_sheet(

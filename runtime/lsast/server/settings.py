@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from lsast_engines.declared_options import Range, rules_of
+from lsast_engines.declared_options import Range, option_faults, rules_of
 from lsast_engines.errors import UsageError, did_you_mean, fault_list, shown
 
-from ..options.options import preset_options
+from ..options.options import Options
 
 PREFIX = "LSAST_SERVE_"
 """What the names of the environment variables begin with: LSAST_SERVE_PORT and so on."""
@@ -75,9 +75,9 @@ class Settings:
             for name, rule in rules_of(Settings).items()
             if (range_ := rule.range) and getattr(self, name) not in range_
         ]
+        faults += option_faults(Options, {"preset": self.preset or None})
         if faults:
             raise UsageError(fault_list("invalid settings:", faults))
-        preset_options(self.preset or None)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,11 @@ Job = tuple["Picture", Mapping[str, Any]]
 def require_iterable(name: str, values: object) -> None:
     """Raise a `UsageError` for an argument that is no list, nor anything else to iterate over; texts and bytes are
     refused, too."""
-    if not isinstance(values, Iterable) or isinstance(values, (str, bytes, bytearray)):
-        raise UsageError(f"found {type(values).__name__} as {name}; expected a list, or anything to iterate over")
+    with contextlib.suppress(TypeError):
+        iter(values)  # type: ignore[call-overload]
+        if not isinstance(values, (str, bytes, bytearray)):
+            return
+    raise UsageError(f"found {type(values).__name__} as {name}; expected a list, or anything to iterate over")
 
 
 def jobs(

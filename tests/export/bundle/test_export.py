@@ -84,6 +84,9 @@ def test_export_bundle_over_a_bundle_keeps_its_default_style(base, bundles, trac
     shutil.copytree(bundles["fp16"].path, out := tmp_path / "out")
     written = export_bundle(base, out, traced=traced)
     assert (list(written.styles()), written.manifest.defaults["style"]) == (["hand"], "hand")
+    written.manifest.defaults["style"] = mix = "hand:0.5@up+hand@0-4"
+    (out / "manifest.json").write_text(written.manifest.to_json())
+    assert export_bundle(base, out, traced=traced).manifest.defaults["style"] == mix
     (out / "styles" / "hand.safetensors").unlink()
     assert export_bundle(base, out, traced=traced).manifest.defaults["style"] == "none"
 

@@ -1,5 +1,6 @@
 """`lsast-export` as a user meets it."""
 
+import importlib
 import importlib.util
 import json
 import logging
@@ -160,6 +161,8 @@ def test_warning_of_a_command_is_escaped_and_quiet_hides_it(monkeypatch, argumen
         logging.getLogger("lsast.export").warning("a\x1b[2J")
         raise UsageError("stop")
 
+    for module in ("lsast.stylizer", "lsast_export.bundle.check", "lsast_export.bundle.export"):
+        importlib.import_module(module)  # imported only now, it would keep what is patched
     monkeypatch.setattr("lsast_engines.bundle.bundle.find_bundle", warn)
     monkeypatch.setattr("lsast_train.base.lazy_base.open_base", warn)
     for more in ([], ["-q"]):
@@ -243,7 +246,8 @@ def test_bundle_command_exports_a_trained_base(base, learned, caplog):
     renewed = Bundle.open(out).manifest
     assert renewed.fingerprint == manifest.fingerprint
     assert renewed.defaults == {**manifest.defaults, "style": "hand"}
-    assert lsast_export("check", out, "--json").exit_code == 0
+    checked = lsast_export("check", out, "--json")
+    assert checked.exit_code == 0, checked.stderr
 
     # in another precision, which is another base: its styles are baked again
     (out / "styles" / "lone.safetensors").write_bytes((out / "styles" / "hand.safetensors").read_bytes())

@@ -104,6 +104,8 @@ def test_contact_sheet_that_cannot_be_made_is_refused_before_it_is_painted(styli
     wrong: tuple[tuple[dict[str, Any], Any, str], ...] = (
         ({"seed": [1]}, 3, "found int as path; expected the name of a file"),
         ({"seed": range(10_001)}, "sheet.webp", "found axes of 10001 combinations"),
+        ({"seed": range(10**20)}, None, "combinations; expected at most 10000"),
+        ({"strength": np.array(0.5)}, None, "found no axis, or one without a list of values"),
         *(({name: "monet"}, None, "found no axis, or one without a list of values") for name in ("style", 3)),
     )
     with pytest.raises(UsageError, match="found int as on_cell"):

@@ -137,8 +137,10 @@ def test_variable_that_is_no_setting_is_named(tmp_path):
 
 
 def test_settings_report_all_faults_and_read_the_environment():
-    with pytest.raises(UsageError, match=r"port: found 70000; expected 0 to 65535\n.*batch: found 0"):
-        Settings(port=70000, batch=0)
+    with pytest.raises(
+        UsageError, match=r"port: found 70000; expected 0 to 65535\n.*batch: found 0.*\n.*preset: found 'x'"
+    ):
+        Settings(port=70000, batch=0, preset="x")
     given = {"LSAST_SERVE_PORT": "9", "LSAST_SERVE_SECONDS": "1.5", "LSAST_SERVE_TOKEN": "x"}
     assert Settings.from_environment(given) == Settings(port=9, seconds=1.5, token="x")
     own = ["127.0.0.1", "localhost", "::1", "[::1]"]  # a container's health check asks by these, too

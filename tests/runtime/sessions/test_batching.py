@@ -129,6 +129,13 @@ def test_stylize_many_with_unequal_counts_raises(stylizer, photo, styles, rows, 
         list(stylizer.stylize_many([photo] * 2, styles, rows=rows))
 
 
+class Reader:
+    """A sequence by its indices alone, as readers of videos are."""
+
+    def __getitem__(self, index: int) -> Any:
+        raise IndexError
+
+
 def test_stylize_many_of_nothing_is_empty_and_of_no_list_or_in_batches_of_0_is_refused(stylizer):
     assert list(stylizer.stylize_many([])) == []
     for pictures in ("photo.png", b"photo", None):
@@ -138,6 +145,7 @@ def test_stylize_many_of_nothing_is_empty_and_of_no_list_or_in_batches_of_0_is_r
             next(stylizer.stylize_frames(pictures))
     with pytest.raises(UsageError, match="found int as rows; expected a list"):
         list(stylizer.stylize_many([], rows=3))
+    assert list(stylizer.stylize_frames(Reader())) == []
     with pytest.raises(UsageError, match="found int as temporal"):
         next(stylizer.stylize_frames([], temporal=3))
     for batch in (0, float("nan")):

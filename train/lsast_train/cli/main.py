@@ -123,7 +123,8 @@ def command(
     from ..paintings import PaintingDataset
 
     set_up_torch(threads)
-    main = Accelerator().is_main_process
+    accelerator = Accelerator()
+    main = accelerator.is_main_process
     failed = []
     with log_to_stderr(logging.INFO if main else logging.ERROR):
         base = load_base(BaseSource(**source))
@@ -140,7 +141,8 @@ def command(
                     run = Inversion(base, paintings, options, name, files[name].folder, licence, goes_on, device)
                     result = run.run()
             except TrainingError as error:
-                if len(pictures) == 1 or isinstance(error, InterruptionError):
+                # Other processes may not know of an error of this one, and would go on with the artist.
+                if len(pictures) == 1 or isinstance(error, InterruptionError) or accelerator.num_processes > 1:
                     raise
                 log.error("%s: %s", name, error)
                 failed.append(name)
