@@ -195,7 +195,7 @@ def try_lock(descriptor: int) -> bool:
 
 def lock_file(path: Path) -> int:
     """Make a file if there is none, and lock it until the descriptor that is returned is closed; -1 if another process
-    holds it, or has just removed it."""
+    holds it, or has just removed it. On Windows nothing is locked (`try_lock`)."""
     descriptor = -1
     with contextlib.suppress(FileNotFoundError):
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)

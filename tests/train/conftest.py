@@ -168,7 +168,9 @@ def stop_and_resume(interrupt_at: Callable[[int], None]) -> Callable[..., RunRes
             ):
                 make("parts", resume=True, **{name: value})
         (in_the_way := straight.file.parent.with_name("parts") / straight.file.name).mkdir()
-        with pytest.raises(TrainingError, match=r"cannot write .*; expected a folder with room: then go on with --res"):
+        with pytest.raises(
+            TrainingError, match=r"cannot write .*; expected a place to write to, with room: then go on"
+        ):
             make("parts", resume=True).run()
         in_the_way.rmdir()
         finished = make("parts", resume=True)

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lsast.options.style_mix import Mix
 from lsast_engines.backends.onnxruntime import GPU_SUFFIX
 from lsast_engines.backends.registry import find_backend
 from lsast_engines.bundle.bundle import NULL_STYLE_FILE, PROMPTS, STYLES, Bundle, require_free
@@ -207,14 +207,9 @@ def _default_style(folder: Path, fingerprint: str) -> list[str]:
     with contextlib.suppress(OSError, ValueError, LsastError):
         manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), str(folder))
         style = str(manifest.defaults.get("style", "none"))
-        files = [folder / STYLES / f"{name}.safetensors" for name in names_of_mix(style)]
+        files = [folder / STYLES / f"{term.style}.safetensors" for term in Mix.parse(style).terms]
         return [style] if manifest.fingerprint == fingerprint and all(file.is_file() for file in files) else []
     return []
-
-
-def names_of_mix(style: str) -> set[str]:
-    """The names of the styles in a mix (`lsast.options.style_mix`)."""
-    return {re.split("[:@]", term)[0] for term in style.split("+")}
 
 
 def _with_origin(base: Base | LazyBase) -> Base | LazyBase:

@@ -114,13 +114,14 @@ def export(
             f"compiled by lsast-export compile {out} --backend {backend}"
         )
     wanted, for_styles = parse_defaults(defaults)
+    from lsast.options.style_mix import Mix
     from lsast_engines.bundle.bundle import STYLES
     from lsast_engines.environment import peak_memory
     from lsast_train.base.lazy_base import open_base, resolve_local_base
     from lsast_train.checkpoints.source import BaseSource
 
     from ..bundle.add_decoder import add_small_decoder
-    from ..bundle.export import ExportOptions, export_bundle, inherited_from, names_of_mix
+    from ..bundle.export import ExportOptions, export_bundle, inherited_from
     from ..styles.bake import read_prompts, with_defaults
 
     phases = PhaseTimer()
@@ -137,7 +138,7 @@ def export(
     kept = {
         key: value
         for key, value in before.defaults.items()
-        if key != "style" or (not names and names_of_mix(value) <= there)
+        if key != "style" or (not names and {term.style for term in Mix.parse(value).terms} <= there)
     }
     chosen: dict[str, Any] = {"storage_dtype": storage_dtype, "backend": backend}
     options = ExportOptions(**{key: value for key, value in chosen.items() if value is not None})

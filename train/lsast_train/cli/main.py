@@ -135,14 +135,17 @@ def command(
                 log.info("%s: finished before, passed over", name)
                 continue
             goes_on = files[name].checkpoint.exists() if resume and len(pictures) > 1 else resume
+            trains = False
             try:
                 with files[name].reserved(options.size, 1, goes_on, overwrite, main):
+                    trains = True
                     paintings = PaintingDataset.load(images, options.size, options.crop, base.config.size, main, paths)
                     run = Inversion(base, paintings, options, name, files[name].folder, licence, goes_on, device)
                     result = run.run()
             except TrainingError as error:
-                # Other processes may not know of an error of this one, and would go on with the artist.
-                if len(pictures) == 1 or isinstance(error, InterruptionError) or accelerator.num_processes > 1:
+                # Of several processes only the main one meets another run; the others would go on with the artist.
+                refused = accelerator.num_processes > 1 and not trains
+                if len(pictures) == 1 or isinstance(error, InterruptionError) or refused:
                     raise
                 log.error("%s: %s", name, error)
                 failed.append(name)

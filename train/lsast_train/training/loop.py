@@ -140,7 +140,9 @@ class TrainingLoop:
             with contextlib.suppress(OSError):  # one of an earlier step may be there
                 self.save()
             again = ": then go on with --resume" if self.checkpoint.exists() else ""
-            raise TrainingError(f"cannot write {result} ({error}); expected a folder with room{again}") from error
+            raise TrainingError(
+                f"cannot write {result} ({error}); expected a place to write to, with room{again}"
+            ) from error
         self.checkpoint.unlink(missing_ok=True)
 
     def write_log(self, path: Path) -> None:
