@@ -11,11 +11,11 @@ All operations are elementwise, so the samples of a batch are independent; array
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -125,9 +125,16 @@ def guide(eps: Any, guidance: Any) -> Any:
     return null + guidance * (style - null)
 
 
-class Solver(Protocol):
-    """A solver for one schedule. It may keep predictions of earlier steps, so use it for one run at a time."""
+class Solver(abc.ABC):
+    """A solver for the noise levels of one schedule (`TimestepSchedule.levels`).
 
+    It may keep predictions of earlier steps, so use it for one run at a time.
+    """
+
+    def __init__(self, levels: list[NoiseLevel]) -> None:
+        self._levels = levels
+
+    @abc.abstractmethod
     def step(self, eps: Array, index: int, x: Array) -> Array:
         """Take one step.
 
@@ -139,11 +146,8 @@ class Solver(Protocol):
         """
 
 
-class Ddim:
+class Ddim(Solver):
     """DDIM (Song, Meng, Ermon 2021), eq. 12 with η = 0; its α is abar here."""
-
-    def __init__(self, levels: list[NoiseLevel]) -> None:
-        self._levels = levels
 
     def step(self, eps: Array, index: int, x: Array) -> Array:
         """See `Solver.step`."""
@@ -151,15 +155,13 @@ class Ddim:
         return t.alpha * s.x0(x, eps) + t.sigma * eps
 
 
-class DpmSolverPp2M:
+class DpmSolverPp2M(Solver):
     """DPM-Solver++(2M) (Lu et al. 2022b), Algorithm 2, data prediction.
 
     First order at the first step, and at the last, where h is infinite.
     """
 
-    def __init__(self, levels: list[NoiseLevel]) -> None:
-        self._levels = levels
-        self._x0_before: Array | None = None
+    _x0_before: Array
 
     def step(self, eps: Array, index: int, x: Array) -> Array:
         """See `Solver.step`."""
@@ -168,14 +170,13 @@ class DpmSolverPp2M:
         h = t.lam - s.lam
         d = x0  # D_i
         if index > 0 and math.isfinite(h):
-            assert self._x0_before is not None
             r = (s.lam - self._levels[index - 1].lam) / h  # r_i = h_{i-1} / h_i
             d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * self._x0_before
         self._x0_before = x0
         return t.sigma / s.sigma * x - t.alpha * math.expm1(-h) * d
 
 
-class UniPc:
+class UniPc(Solver):
     """UniPC-2, B_2(h) = e^h - 1 (Zhao et al. 2023), Algorithm 2 (UniP) and 1 (UniC), data prediction.
 
     Every step first corrects the latent of the predictor with the evaluation at that latent, so the corrector needs no
@@ -189,11 +190,9 @@ class UniPc:
     The predictor has no D_t and ρ_1 = 1/2.
     """
 
-    def __init__(self, levels: list[NoiseLevel]) -> None:
-        self._levels = levels
-        self._x0s: list[Array] = []  # the last two data predictions, newest last
-        self._x_before: Array | None = None
-        self._order = 1  # order of the step before
+    _x0s: list[Array]  # the last two data predictions, newest last
+    _x_before: Array
+    _order: int  # of the step before
 
     def step(self, eps: Array, index: int, x: Array) -> Array:
         """See `Solver.step`."""
@@ -209,7 +208,6 @@ class UniPc:
 
     def _correct(self, index: int, x0_t: Array) -> Array:
         """UniC: step `index` again, with the data prediction `x0_t` at its end."""
-        assert self._x_before is not None
         d_t = x0_t - self._x0s[-1]
         if self._order == 1:
             return self._update(index, self._x_before, 0.5 * d_t)
@@ -242,8 +240,7 @@ class UniPc:
 class SolverEntry(NamedTuple):
     """A solver and the timesteps that it takes (`TimestepSchedule`)."""
 
-    make: Callable[[list[NoiseLevel]], Solver]
-    """Makes it, given the noise level of every step and that of the end of the run."""
+    make: type[Solver]
     to_zero: bool
     """Whether the last step ends at sigma 0, not at that of t = 0 (`final_sigmas_type` in diffusers)."""
     released: bool = False
@@ -317,26 +314,23 @@ class TimestepSchedule:
                 fails or does not denoise.
         """
         faults: list[str] = []
-        entry = SOLVERS.get(solver)
-        if entry is None:
+        entry = SOLVERS.get(solver, SOLVERS["ddim"])
+        if solver not in SOLVERS:
             faults.append(f"solver: found {solver!r}; expected one of {', '.join(SOLVERS)}")
         if not 0 < strength <= 1:
             faults.append(f"strength: found {strength}; expected more than 0 and at most 1")
         if stages < 1:
             faults.append(f"stages: found {stages}; expected at least 1")
-        if entry is not None and entry.released:
-            grid = _released_grid(noise.train_steps, steps)
-            faults += _released_faults(noise.train_steps, grid, steps, strength)
-        else:
-            to_zero = entry is not None and entry.to_zero
-            grid = _leading_grid(noise.train_steps, steps, to_zero=to_zero)
-            if not grid or grid[0] >= noise.train_steps:
-                largest = noise.train_steps - (2 if to_zero else 1)
-                faults.append(f"steps: found {steps}; expected 1 to {largest} with {solver}")
+        largest = noise.train_steps - (0 if entry.released else 1 + entry.to_zero)
+        if not 1 <= steps <= largest:
+            faults.append(f"steps: found {steps}; expected 1 to {largest} with {solver}")
+        elif entry.released:
+            faults += _released_faults(noise.train_steps, steps, strength)
         if faults:
             raise UsageError(fault_list("invalid schedule:", faults))
+        grid = _grid(noise.train_steps, steps, entry)
         run = grid[len(grid) - max(int(steps * strength), 1) :]
-        start_t = grid[len(grid) - len(run) - SOLVERS[solver].released]
+        start_t = grid[len(grid) - len(run) - entry.released]
         steps_run = tuple(Step(index, t, t * stages // noise.train_steps) for index, t in enumerate(run))
         return cls(noise, solver, steps_run, start_t)
 
@@ -350,26 +344,17 @@ class TimestepSchedule:
         return self.noise.level(self.start_t).add_noise(z0, noise)
 
 
-def _leading_grid(train_steps: int, steps: int, *, to_zero: bool) -> list[int]:
-    """Timesteps from the noisiest down; empty if train_steps has fewer. A run to sigma 0 stops above t = 1."""
-    points = steps + to_zero
-    if steps < 1 or points > train_steps:
-        return []
+def _grid(train_steps: int, steps: int, solver: SolverEntry) -> list[int]:
+    """All timesteps of a grid from the noisiest down."""
+    points = steps + solver.to_zero
     stride = train_steps // points
-    return [_OFFSET + stride * k for k in reversed(range(points))][:steps]
+    count = math.ceil(train_steps / stride) if solver.released else points
+    return [_OFFSET + stride * k for k in reversed(range(count))][: count - solver.to_zero]
 
 
-def _released_grid(train_steps: int, steps: int) -> list[int]:
-    """The timesteps of the released code's grid from the noisiest down, also where that code then fails."""
-    if not 1 <= steps <= train_steps:
-        return []
-    return [_OFFSET + t for t in reversed(range(0, train_steps, train_steps // steps))]
-
-
-def _released_faults(train_steps: int, grid: list[int], steps: int, strength: float) -> list[str]:
-    """The reasons why the released code cannot run `grid`."""
-    if not grid:
-        return [f"steps: found {steps}; expected 1 to {train_steps} with ddim_lsast"]
+def _released_faults(train_steps: int, steps: int, strength: float) -> list[str]:
+    """The reasons why the released code cannot run its grid."""
+    grid = _grid(train_steps, steps, SOLVERS["ddim_lsast"])
     faults = []
     if grid[0] >= train_steps:
         faults.append(
