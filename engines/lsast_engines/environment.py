@@ -48,11 +48,8 @@ def peak_memory() -> int | None:
 
 
 def require_extra(extra: str, *libraries: str) -> None:
-    """Check that the `libraries` of the extra `extra` are installed, without importing them.
-
-    Raises:
-        MissingExtraError: for the first one that is missing.
-    """
+    """Check that the `libraries` of an extra are installed, without importing them; a `MissingExtraError` names the
+    first one that is missing."""
     for library in libraries:
         if importlib.util.find_spec(library) is None:
             raise MissingExtraError(library, extra)

@@ -98,11 +98,8 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Check that a folder can hold the result of long work, before the work begins. Nothing is made.
-
-    Raises:
-        UsageError: it, or the nearest folder above it that is there, cannot be written.
-    """
+    """Check that a folder can hold the result of long work, before the work begins; nothing is made. A `UsageError` if
+    it, or the nearest folder above it that is there, cannot be written."""
     fault = ""
     for path in (folder, *folder.parents):
         try:
@@ -240,11 +237,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file.
-
-    Raises:
-        OSError: it cannot be read, or is a pipe or a device, which may never end.
-    """
+    """SHA-256 (hex) of a file; an OSError if it cannot be read, or is a pipe or a device, which may never end."""
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, "found no file", str(path))
     digest = hashlib.sha256()

@@ -324,13 +324,10 @@ def _stored(upright: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.
 
 
 def import_opencv() -> Any:
-    """OpenCV's module `cv2`, imported nowhere else; the import leaves the environment of the process as it was.
+    """OpenCV's module `cv2`, imported nowhere else; a `LsastError` if it cannot be imported.
 
-    The import puts a folder of OpenCV and the current one at the front of ``LD_LIBRARY_PATH``, so that programs which
-    the process starts would look there for their libraries.
-
-    Raises:
-        LsastError: it cannot be imported.
+    The import puts a folder of OpenCV and the current one at the front of ``LD_LIBRARY_PATH``, where programs that the
+    process starts would look for their libraries; here it leaves the environment as it was.
     """
     if _opencv:  # without the lock, which another thread may hold in the moment of a fork
         return _opencv[0]
@@ -368,11 +365,7 @@ def on_white(rgb: npt.NDArray[np.uint8], alpha: npt.NDArray[np.uint8] | None) ->
 
 
 def read_on_white(path: Path) -> npt.NDArray[np.uint8]:
-    """Pixels [H, W, 3] of an image file, composited on white.
-
-    Raises:
-        PictureError: see `read_picture`.
-    """
+    """Pixels [H, W, 3] of an image file, composited on white; raises as `read_picture`."""
     picture = read_picture(path)
     return on_white(picture.rgb, picture.alpha)
 

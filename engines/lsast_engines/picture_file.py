@@ -38,22 +38,14 @@ _log = logging.getLogger("lsast.images")
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a picture's file; a pipe, which cannot be sought, is read to its end first.
-
-    Raises:
-        OSError: it cannot be opened.
-        PictureError: see `read_stream`.
-    """
+    """Open a picture's file, or raise an OSError; a pipe, which cannot be sought, is read first (`read_stream`)."""
     with path.open("rb") as handle:
         yield handle if handle.seekable() else io.BytesIO(read_stream(handle, str(path)))
 
 
 def read_stream(stream: Any, name: str) -> bytes:
-    """All bytes of a binary stream, at most `MAX_BYTES`.
-
-    Raises:
-        PictureError: there are none, or more; or the stream is one of text. `name` names it.
-    """
+    """All bytes of a binary stream; a `PictureError`, with its `name`, if there are none, or more than `MAX_BYTES`, or
+    the stream is one of text."""
     found = io.BytesIO()
     while data := stream.read(1 << 20):
         if isinstance(data, str):
@@ -66,11 +58,8 @@ def read_stream(stream: Any, name: str) -> bytes:
 
 
 def open_image(handle: BinaryIO, name: str) -> Image.Image:
-    """The picture in a file, not yet decoded; as `PIL.Image.open`, but of `FORMATS` only and without its warnings.
-
-    Raises:
-        PictureError: it is of no such format; `name` names it. Damaged files may raise anything.
-    """
+    """The picture in a file, not yet decoded; as `PIL.Image.open`, but of `FORMATS` only and without its warnings. A
+    `PictureError`, with its `name`, if it is of no such format; damaged files may raise anything."""
     from PIL import Image
 
     start = handle.read(16)
@@ -104,11 +93,8 @@ def has_alpha(image: Image.Image) -> bool:
 
 
 def check_size(image: Image.Image, name: str, max_megapixels: float | None) -> None:
-    """Check that a picture, not yet decoded, is not too large.
-
-    Raises:
-        PictureError: it has more than `max_megapixels`, or, if that is None, would take more than `MAX_BYTES`.
-    """
+    """Raises a `PictureError` if a picture, not yet decoded, has more than `max_megapixels`, or, if that is None, would
+    take more than `MAX_BYTES`."""
     stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
     pixel = stored + 3 + has_alpha(image)
     limit = MAX_BYTES / pixel / 1e6 if max_megapixels is None else max_megapixels

@@ -126,10 +126,8 @@ class Engine(abc.ABC):
             return self._run({name: np.asarray(value, order="C") for name, value in feeds.items()})
 
     def release_memory(self) -> None:
-        """Free working memory until the next call, where the backend can; weights and bound inputs stay.
-
-        The outputs of the last call may be freed with it.
-        """
+        """Free working memory until the next call, where the backend can, also outputs of the last call; weights and
+        bound inputs stay."""
         with self._exclusive():
             self._release_memory()
 
@@ -174,9 +172,8 @@ class Engine(abc.ABC):
             self._busy.release()
 
     def _check(self, feeds: Feeds, *, complete: bool) -> None:
-        faults = []
         inputs = {spec.name: spec for spec in self.spec.inputs}
-        faults += [f"{name}: unknown; expected {', '.join(inputs)}" for name in feeds if name not in inputs]
+        faults = [f"{name}: unknown; expected {', '.join(inputs)}" for name in feeds if name not in inputs]
         given = {name: value for name, value in feeds.items() if name in inputs}
         if complete:
             faults += [f"{name}: is bound; bind it again to change it" for name in given if name in self._bound]
@@ -237,11 +234,7 @@ def check_interface(
     spec: GraphSpec, inputs: Mapping[str, tuple[str, tuple[int | None, ...]]], outputs: Mapping[str, str], path: Path
 ) -> None:
     """Check that the graph file `path` has the inputs and outputs of its spec: types and shapes of inputs by name, in
-    which None is a dynamic axis, and types of outputs.
-
-    Raises:
-        BackendError: they differ; all differences at once.
-    """
+    which None is a dynamic axis, and types of outputs. A `BackendError` lists all differences."""
     faults = [f"input {name}: not in the spec" for name in inputs.keys() - {tensor.name for tensor in spec.inputs}]
     for tensor in spec.inputs:
         if tensor.name not in inputs:

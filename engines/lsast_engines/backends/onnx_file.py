@@ -35,11 +35,7 @@ _TENSOR, _LISTS = 4, (6, 7, 8)  # types of attributes: a tensor; those that may 
 
 
 def values(message: bytes) -> defaultdict[int, list[Any]]:
-    """All values of every field of a message, in their order: an int, or bytes.
-
-    Raises:
-        ValueError: the message is cut off or damaged.
-    """
+    """All values of every field of a message, in their order: an int, or bytes; a ValueError if it is damaged."""
     found: defaultdict[int, list[Any]] = defaultdict(list)
     position = 0
     while position < len(message):
@@ -72,11 +68,8 @@ def encode(fields: Mapping[int, list[Any]]) -> bytes:
 
 
 def check_graph(path: Path) -> None:
-    """Check the ONNX file `path`, whose weights lie beside it.
-
-    Raises:
-        BackendError: it is damaged, or uses what no graph of a bundle does; the first faults.
-    """
+    """Check the ONNX file `path`, whose weights lie beside it. A `BackendError` lists the first faults: it is damaged,
+    or uses what no graph of a bundle does."""
     try:
         faults = _model_faults(path.read_bytes(), path.parent)
     except (ValueError, TypeError, AttributeError) as error:  # of other wire types than expected, too

@@ -57,11 +57,8 @@ _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int
 
 
 def devices() -> Iterator[str]:
-    """The devices that ONNX Runtime can use here; CUDA is started only if the caller asks for a second one.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+    """The devices that ONNX Runtime can use here; CUDA is started only if the caller asks for a second one. An
+    ImportError if ONNX Runtime is not installed."""
     import_library("onnxruntime")
     yield "cpu"
     if not gpu_fault():
@@ -70,10 +67,7 @@ def devices() -> Iterator[str]:
 
 def gpu_fault() -> str:
     """Why ONNX Runtime cannot start CUDA here, in its own words or the linker's, and what helps; empty if it can.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+    Raises as `devices`."""
     library = import_library("onnxruntime")
     if PROVIDERS["cuda"] not in library.get_available_providers():
         return (
@@ -158,11 +152,7 @@ class OnnxRuntimeEngine(Engine):
         self._kept = OrderedDict()
 
     def _open(self, lengths: Mapping[str, int]) -> Any:
-        """A session in which the named axes have these lengths, on the CPU from the graph cache.
-
-        Optimising folds constants, fuses nodes and orders weights for the processor; the cached graph computes the same
-        bits.
-        """
+        """A session in which the named axes have these lengths, on the CPU from the graph cache, which gives the same bits."""
         large_bf16 = self.device == "cpu" and _bf16_bytes(self._path.parent) > MAX_FOLDED_BYTES
 
         def session(file: Path, options: Any) -> Any:
@@ -252,10 +242,7 @@ class _BoundSession:
         return {name: value.numpy() for name, value in self._outputs.items()}
 
     def shrink_arena(self) -> None:
-        """Give what the CPU arena keeps for the next run back to the system.
-
-        ONNX Runtime shrinks an arena only at the end of a run; this one is terminated before its first node.
-        """
+        # ONNX Runtime shrinks an arena only at the end of a run; this one is terminated before its first node.
         options = self._library.RunOptions()
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         options.terminate = True

@@ -155,11 +155,7 @@ class Bundle:
         return style
 
     def check_style(self, style: Style | StyleFile) -> None:
-        """Check that `style` fits this base.
-
-        Raises:
-            StyleError: it was baked for another base, or has other shapes; all faults at once.
-        """
+        """Check that `style` fits this base; a `StyleError` lists all faults: another base, other shapes."""
         if faults := _style_faults(style, self.manifest, is_null=False):
             raise StyleError(fault_list(f"style {style.name!r} does not fit {self.path}; bake it again:", faults))
 

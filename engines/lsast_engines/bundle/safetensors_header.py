@@ -27,11 +27,7 @@ class Slot(NamedTuple):
 
 
 def read_slots(path: Path) -> dict[str, Slot]:
-    """The tensors of a safetensors file by name, in the order of the file.
-
-    Raises:
-        ValueError: the header is damaged.
-    """
+    """The tensors of a safetensors file by name, in the order of the file; a ValueError if the header is damaged."""
     with path.open("rb") as handle:
         size = int.from_bytes(handle.read(8), "little")
         if size > _MAX_HEADER:

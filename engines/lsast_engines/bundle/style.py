@@ -234,11 +234,8 @@ class StyleFile:
         return hashlib.sha256(json.dumps(self._digests).encode()).hexdigest()
 
     def stage(self, stage: int) -> StageKV:
-        """Keys and values of one stage, 0 … stages - 1.
-
-        Raises:
-            StyleError: the values are not those that were written, or not finite.
-        """
+        """Keys and values of one stage, 0 … stages - 1; a `StyleError` if they are not those that were written, or not
+        finite."""
         if stage not in self._read:
             tensors = {name: self._read_rows(name, stage) for name in TENSORS}
             if stage_digest(tensors) != self._digests[stage]:
@@ -274,11 +271,8 @@ def style_name_faults(name: str) -> list[str]:
 
 
 def encode_defaults(values: Mapping[str, Any]) -> dict[str, str]:
-    """The entry of a style's `meta` that holds default options; empty for no options.
-
-    Raises:
-        UsageError: values that are not of `STYLE_DEFAULTS`; all of them at once.
-    """
+    """The entry of a style's `meta` that holds default options; empty for no options. A `UsageError` lists all values
+    that are not of `STYLE_DEFAULTS`."""
     if faults := _default_faults(values):
         raise UsageError(fault_list("invalid defaults of a style:", faults))
     return {_DEFAULTS_KEY: json.dumps(dict(values), sort_keys=True)} if values else {}
@@ -297,11 +291,8 @@ def decode_defaults(meta: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]
 
 
 def parse_defaults(pairs: Sequence[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Defaults of a bundle, from ``KEY=VALUE`` pairs, and of styles by name, from ``STYLE.KEY=VALUE`` pairs.
-
-    Raises:
-        UsageError: unknown keys or values of a wrong type; all faults at once.
-    """
+    """Defaults of a bundle, from ``KEY=VALUE`` pairs, and of styles by name, from ``STYLE.KEY=VALUE`` pairs. A
+    `UsageError` lists all unknown keys and values of a wrong type."""
     values: dict[str, Any] = {}
     for_styles: dict[str, dict[str, Any]] = {}
     faults = []

@@ -38,11 +38,7 @@ class Gpu:
 
 
 def load_cuda() -> Any:
-    """The module `cuda.bindings.runtime`.
-
-    Raises:
-        MissingExtraError: cuda-bindings is not installed.
-    """
+    """The module `cuda.bindings.runtime`; a `MissingExtraError` if cuda-bindings is not installed."""
     try:
         from cuda.bindings import runtime
     except ImportError as error:
@@ -51,11 +47,7 @@ def load_cuda() -> Any:
 
 
 def gpu_fault() -> str:
-    """Why CUDA finds no GPU, with its code, and what mends that; empty if it finds one.
-
-    Raises:
-        MissingExtraError: cuda-bindings is not installed.
-    """
+    """Why CUDA finds no GPU, with its code, and what mends that; empty if it finds one. Raises as `load_cuda`."""
     runtime = load_cuda()
     status, count = runtime.cudaGetDeviceCount()
     if status == runtime.cudaError_t.cudaSuccess:
@@ -65,11 +57,8 @@ def gpu_fault() -> str:
 
 
 def gpus() -> list[Gpu]:
-    """The NVIDIA GPUs that the driver lists, in its order; none where `gpu_fault` says why, and raises as that does.
-
-    Raises:
-        BackendError: a GPU that the driver lists cannot be asked.
-    """
+    """The NVIDIA GPUs that the driver lists, in its order; none where `gpu_fault` says why. Raises as that does,
+    and a `BackendError` where one that the driver lists cannot be asked."""
     runtime = load_cuda()
     if gpu_fault():
         return []
@@ -113,11 +102,8 @@ class Graph:
 
 
 class Stream:
-    """A stream other than the default one, on which graphs cannot be captured, with its buffers and graphs.
-
-    Raises:
-        BackendError: of every method, a call of CUDA that failed.
-    """
+    """A stream other than the default one, on which graphs cannot be captured, with its buffers and graphs. Every
+    method raises a `BackendError` where a call of CUDA fails."""
 
     def __init__(self, runtime: Any) -> None:
         self._runtime = runtime

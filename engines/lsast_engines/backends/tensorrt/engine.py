@@ -39,7 +39,6 @@ from .engine_record import (
 
 _log = logging.getLogger("lsast.tensorrt")
 
-
 MODULES: dict[TrtFlavor, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Python module of each library; the extra that installs it has the library's name."""
 
@@ -48,12 +47,7 @@ _IGNORED_LOGS = ("catchCudaError", "CUDA initialization failure")
 
 
 def load_library(flavor: TrtFlavor) -> Any:
-    """The Python module of a library.
-
-    Raises:
-        MissingExtraError: it is not installed.
-        BackendError: it is installed but cannot be imported, e.g. without libraries that it needs.
-    """
+    """The Python module of a library; a `MissingExtraError` if it is not installed, else as `import_library`."""
     try:
         return import_library(MODULES[flavor])
     except ImportError as error:
@@ -89,11 +83,8 @@ def make_logger(trt: Any) -> Any:
 
 
 def devices(flavor: TrtFlavor) -> list[str]:
-    """``cuda`` if the library can use the first NVIDIA GPU, else none.
-
-    Raises:
-        ImportError: the library or cuda-bindings is not installed.
-    """
+    """``cuda`` if the library can use the first NVIDIA GPU, else none; an ImportError if the library or cuda-bindings
+    is not installed."""
     return [] if gpu_fault(flavor) else ["cuda"]
 
 

@@ -120,11 +120,7 @@ class ShapeRanges:
 
 
 def check_profile(profile: Profile, shapes: Mapping[str, Shape], graph: str) -> None:
-    """Check the shapes of inputs of `graph`.
-
-    Raises:
-        BackendError: all that its engine was not compiled for, and how to compile one that accepts them.
-    """
+    """Check the shapes of inputs of `graph`; a `BackendError` lists all that its engine was not compiled for."""
     faults = []
     for name, shape in shapes.items():
         allowed = profile[name]
@@ -197,11 +193,8 @@ def record_path(engine: Path) -> Path:
 
 
 def verified_record(engine: Path) -> EngineRecord:
-    """The record beside `engine`, after a check of the engine's size and SHA-256.
-
-    Raises:
-        BackendError: no engine, no record, one of another format, or a file that was truncated, changed or replaced.
-    """
+    """The record beside `engine`, after a check of the engine's size and SHA-256; a `BackendError` for no engine, no
+    record, one of another format, or a file that was truncated, changed or replaced."""
     if not engine.is_file():
         raise BackendError(f"found no engine {engine}; compile it")
     path = record_path(engine)
