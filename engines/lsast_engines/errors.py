@@ -14,8 +14,6 @@ _NO_MEMORY = re.compile(
 class Lines(str):
     """A message of several lines. In every other message of an `LsastError` a line break is part of a name."""
 
-    __slots__ = ()
-
 
 class LsastError(Exception):
     """Base class of all expected errors; `exit_code` is the exit status of a command line.
@@ -98,12 +96,10 @@ def enough_memory(
     read photo.jpg"; `mend` says what helps."""
     try:
         yield
-    except LsastError:
-        raise
     except Exception as error:
-        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
-            raise OutOfMemoryError(f"found too little free memory {task}; expected more: {mend}") from error
-        raise
+        if isinstance(error, LsastError) or not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
+            raise
+        raise OutOfMemoryError(f"found too little free memory {task}; expected more: {mend}") from error
 
 
 def install_command(extra: str) -> str:

@@ -100,20 +100,18 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
 def require_writable(folder: Path) -> None:
     """Check that a folder can hold the result of long work, before the work begins; nothing is made. A `UsageError` if
     it, or the nearest folder above it that is there, cannot be written."""
-    fault = ""
     for path in (folder, *folder.parents):
         try:
             path.lstat()
+            number = errno.ENOTDIR if not path.is_dir() else 0 if os.access(path, os.W_OK | os.X_OK) else errno.EACCES
+            fault = os.strerror(number) if number else ""
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError) as error:  # a name too long, or with a zero byte
             fault = getattr(error, "strerror", None) or str(error)
-        else:
-            number = errno.ENOTDIR if not path.is_dir() else 0 if os.access(path, os.W_OK | os.X_OK) else errno.EACCES
-            fault = os.strerror(number) if number else ""
-        break
-    if fault:
-        raise UsageError(f"found {folder} to write to ({fault}); expected a folder that can be made and written")
+        if fault:
+            raise UsageError(f"found {folder} to write to ({fault}); expected a folder that can be made and written")
+        return
 
 
 def is_own(path: Path) -> bool:

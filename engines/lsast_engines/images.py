@@ -186,12 +186,10 @@ def _read(file: Any) -> bytes:
 
 
 def _as_array(source: object) -> npt.NDArray[Any]:
-    if isinstance(source, np.ndarray):
-        return np.asarray(source)  # a matrix stays one of two axes whatever is done to it
     if not hasattr(source, "__array__") and not hasattr(source, "__array_interface__"):
         raise PictureError(f"found {type(source).__name__}; expected a path, bytes, a file, a PIL image or an array")
     try:
-        return np.asarray(source)
+        return np.asarray(source)  # also of a matrix, which stays one of two axes whatever is done to it
     except Exception as error:  # e.g. torch's TypeError for a tensor on a GPU
         raise PictureError(f"found {type(source).__name__} that is no array for NumPy ({error})") from error
 

@@ -110,8 +110,6 @@ class OnnxRuntimeEngine(Engine):
         self._library = import_library("onnxruntime")
         super().__init__(spec, device, compute_dtype)
         self._path, self._threads = path, threads
-        if compute_dtype == "bf16":
-            raise BackendError("onnxruntime computes in fp32, and on GPUs in fp16; found bf16: use openvino for it")
         if compute_dtype == "fp16":
             self._path = path.with_name(f"{path.stem}{GPU_SUFFIX}")
             if not self._path.is_file():
@@ -152,7 +150,7 @@ class OnnxRuntimeEngine(Engine):
         self._kept = OrderedDict()
 
     def _open(self, lengths: Mapping[str, int]) -> Any:
-        """A session in which the named axes have these lengths, on the CPU from the graph cache, which gives the same bits."""
+        """A session in which the named axes have these lengths, on the CPU from the graph cache: the same bits."""
         large_bf16 = self.device == "cpu" and _bf16_bytes(self._path.parent) > MAX_FOLDED_BYTES
 
         def session(file: Path, options: Any) -> Any:
@@ -189,7 +187,6 @@ class OnnxRuntimeEngine(Engine):
         # A provider that cannot start may be left out without an error.
         if (found := opened.get_providers()[0]) != PROVIDERS[self.device]:
             raise BackendError(f"found {found} for device {self.device!r}; expected {PROVIDERS[self.device]}")
-        opened.disable_fallback()
         inputs = {
             node.name: (
                 _DTYPES.get(node.type, node.type),
