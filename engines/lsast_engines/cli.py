@@ -27,6 +27,9 @@ from .removed import RENAMED, removal
 USAGE = UsageError.exit_code
 """Exit status of a wrong usage."""
 
+OptionDecorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""What adds one or more options to a command."""
+
 _READER_GONE = 141  # exit status of a program whose reader closed the pipe: that of the signal SIGPIPE
 _LONGEST = 1000
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # and line breaks
@@ -74,6 +77,11 @@ class Command(click.Command):
     """A command whose failures are one line a fault; a traceback stands before it with `debug_option`.
 
     Old names of its options still work (`RENAMED`), or are refused with what to use instead (`REMOVED`).
+
+    Args:
+        requires: an extra and libraries of it, without which nothing but the help works; of a group, those that it
+            needs when none of its commands is named.
+        sections: the parameters in each section of the help, by its title; "Other" takes those that are in none.
     """
 
     def __init__(
@@ -83,16 +91,8 @@ class Command(click.Command):
         requires: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        """See `click.Command`.
-
-        Args:
-            args, kwargs: of `click.Command`.
-            requires: an extra and libraries of it, without which nothing but the help works; of a group, those that it
-                needs when none of its commands is named.
-            sections: the parameters in each section of the help, by its title; "Other" takes those that are in none.
-        """
-        settings = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
-        super().__init__(*args, **{**kwargs, "context_settings": settings | (kwargs.get("context_settings") or {})})
+        kwargs["context_settings"] = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
+        super().__init__(*args, **kwargs)
         self._sections = sections or {}
         self._requires = requires
         for parameter in self.params:
@@ -270,10 +270,6 @@ def fail(message: str, status: int) -> NoReturn:
 def _fail_for_usage(error: click.UsageError) -> NoReturn:
     # click puts the choices of a missing option on lines of their own.
     fail(f"{error.format_message().replace(chr(10) + chr(9), ' ')} (--help lists all options)", USAGE)
-
-
-OptionDecorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""What adds one or more options to a command."""
 
 
 def combine_options(*options: OptionDecorator) -> OptionDecorator:

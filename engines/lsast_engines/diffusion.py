@@ -261,9 +261,6 @@ def make_solver(schedule: TimestepSchedule) -> Solver:
     return SOLVERS[schedule.solver].make(schedule.levels())
 
 
-_OFFSET = 1  # the first timestep of every grid, ``steps_offset`` in diffusers
-
-
 @dataclass(frozen=True)
 class Step:
     """One evaluation of the denoiser, and the step of the solver after it."""
@@ -349,7 +346,8 @@ def _grid(train_steps: int, steps: int, solver: SolverEntry) -> list[int]:
     points = steps + solver.to_zero
     stride = train_steps // points
     count = math.ceil(train_steps / stride) if solver.released else points
-    return [_OFFSET + stride * k for k in reversed(range(count))][: count - solver.to_zero]
+    # The first timestep of every grid is 1, ``steps_offset`` in diffusers.
+    return [1 + stride * k for k in reversed(range(count))][: count - solver.to_zero]
 
 
 def _released_faults(train_steps: int, steps: int, strength: float) -> list[str]:

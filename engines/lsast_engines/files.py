@@ -28,6 +28,12 @@ NOWHERE = Path(os.devnull) / "lsast"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says of a full disk, of a full quota, and of a file that is larger than it allows."""
 
+FOR_OTHERS_TO_READ = 0o755
+"""The mode of a folder into which `written_by_others` lets nobody else write, whatever the umask is."""
+
+MAKE_OWN = "change that (chmod -R go-w), or set LSAST_HOME to a folder of your own"
+"""What to do about what `written_by_others` finds."""
+
 _swept: set[Path] = set()  # no lock guards it: a fork might copy one that is held
 
 
@@ -120,13 +126,6 @@ def is_own(path: Path) -> bool:
         return sys.platform == "win32" or path.stat().st_uid in (os.geteuid(), 0)
     except FileNotFoundError:
         return True
-
-
-FOR_OTHERS_TO_READ = 0o755
-"""The mode of a folder into which `written_by_others` lets nobody else write, whatever the umask is."""
-
-MAKE_OWN = "change that (chmod -R go-w), or set LSAST_HOME to a folder of your own"
-"""What to do about what `written_by_others` finds."""
 
 
 def written_by_others(folder: Path, root: Path) -> Path | None:

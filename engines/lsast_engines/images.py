@@ -28,6 +28,9 @@ from .picture_file import FORMATS, check_size, has_alpha, name_other_frames, ope
 if TYPE_CHECKING:
     from PIL import Image
 
+Source = Any
+"""A path, the bytes of an image file, a file object, a PIL image, or an array."""
+
 _STRIP = 1 << 20  # pixels that are converted at once, or a row
 
 _LIBRARY_PATH = "LD_LIBRARY_PATH"
@@ -123,10 +126,6 @@ def _search(root: Path, others: list[Path]) -> Iterator[Path]:
                 _log.warning("%s is left out: %s", shown(path), error.strerror)
 
 
-Source = Any
-"""A path, the bytes of an image file, a file object, a PIL image, or an array."""
-
-
 def read_picture(source: Source, max_megapixels: float | None = None) -> Image8:
     """Decode an image to upright 8-bit RGB.
 
@@ -146,7 +145,7 @@ def read_picture(source: Source, max_megapixels: float | None = None) -> Image8:
         return source
     if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
         if not hasattr(source, "read"):
-            return _from_array(_as_array(source))
+            return _from_array(source)
         source = _read(source)
     name = shown(source) if isinstance(source, (str, os.PathLike)) else "the picture"
     try:
@@ -185,16 +184,15 @@ def _read(file: Any) -> bytes:
         raise PictureError(f"the file object cannot be read ({error}); expected an open one, of bytes") from error
 
 
-def _as_array(source: object) -> npt.NDArray[Any]:
+def _from_array(source: object) -> Image8:
     if not hasattr(source, "__array__") and not hasattr(source, "__array_interface__"):
         raise PictureError(f"found {type(source).__name__}; expected a path, bytes, a file, a PIL image or an array")
     try:
-        return np.asarray(source)  # also of a matrix, which stays one of two axes whatever is done to it
+        array: npt.NDArray[Any] = np.asarray(
+            source
+        )  # also of a matrix, which stays one of two axes whatever is done to it
     except Exception as error:  # e.g. torch's TypeError for a tensor on a GPU
         raise PictureError(f"found {type(source).__name__} that is no array for NumPy ({error})") from error
-
-
-def _from_array(array: npt.NDArray[Any]) -> Image8:
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:

@@ -92,14 +92,11 @@ def choose(
     if choice is None:
         reason = "named" if named else "GPUs compute in fp16 by default"
         choice = Choice(*find_backend(backend, device, named), reason=reason)
-    if quantized and (choice.backend, choice.device) == ("openvino", "cpu") and _overflows():
+    # Before VNNI, x86 holds sums of two products of 8 bits in 16 bits.
+    overflows = "avx2" in cpu_features() and not cpu_features() & {"avx512_vnni", "avx_vnni"}
+    if quantized and overflows and (choice.backend, choice.device) == ("openvino", "cpu"):
         _log.warning("OpenVINO's 8-bit products overflow on this processor (AVX2 without VNNI); onnxruntime's do not")
     return choice
-
-
-def _overflows() -> bool:
-    """Whether sums of two products of 8 bits are held in 16 bits, as x86 had it before VNNI."""
-    return "avx2" in cpu_features() and not cpu_features() & {"avx512_vnni", "avx_vnni"}
 
 
 def _fault(row: Row) -> tuple[str, bool]:

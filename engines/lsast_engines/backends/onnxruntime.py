@@ -257,8 +257,6 @@ def _bf16_bytes(folder: Path) -> int:
     """Bytes of bf16 tensors in the safetensors files of `folder`; an unreadable file counts as 0."""
     count = 0
     for file in folder.glob("*.safetensors"):
-        try:
+        with contextlib.suppress(OSError, ValueError):
             count += sum(slot.length for slot in read_slots(file).values() if slot.dtype == "BF16")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
     return count

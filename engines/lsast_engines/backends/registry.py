@@ -3,6 +3,7 @@
 A backend's module, and its library, are imported only when the backend is asked for.
 """
 
+import contextlib
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -60,12 +61,9 @@ def available_backends() -> dict[str, list[str]]:
     """The installed backends that find a device, and their devices, in order of preference."""
     available = {}
     for backend in EXTRAS:
-        try:
-            devices = backend_devices(backend)
-        except (ImportError, BackendError):
-            continue
-        if devices:
-            available[backend] = devices
+        with contextlib.suppress(ImportError, BackendError):
+            if devices := backend_devices(backend):
+                available[backend] = devices
     return available
 
 
@@ -157,12 +155,10 @@ def find_backend(backend: str, device: str, compute_dtype: ComputeDtype | None) 
         if compute_dtype is not None and compute_dtype not in dtypes:
             unfit = f"; {name} computes in {' or '.join(map(str, dtypes))} on {wanted}, others may in {compute_dtype}"
             continue
-        try:
+        with contextlib.suppress(ImportError):
             if has_device(name, wanted):
                 # Tensor cores of GPUs need fp16.
                 return name, wanted, compute_dtype or ("fp16" if wanted == "cuda" else "fp32")
-        except ImportError:
-            continue
     available = available_backends()
     if not available:
         library = backend if backend in EXTRAS else "onnxruntime"

@@ -19,6 +19,7 @@ from ..errors import UsageError
 MAX_INTEGER = 10_000_000
 """Largest whole number of a field that declares no other: no width, offset or count of a base is near it."""
 
+_MISSING = object()
 _ANY_TEXT = ".*"  # of the texts of an object, which may be empty; a text that is a field of its own may not
 
 Kind = TypeVar("Kind")
@@ -120,9 +121,6 @@ def _check(hint: Any, note: Any, value: Any) -> tuple[bool, str]:
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
-
-
-_MISSING = object()
 
 
 def _shown(value: object) -> str:

@@ -26,7 +26,6 @@ QUANTIZED: tuple[StorageDtype, ...] = ("int8",)
 Network = Literal["unet", "control"]
 Group = Literal["down", "mid", "up"]
 
-
 MAX_SIDE = 16384
 """Largest height and width of a base, in pixels."""
 

@@ -253,7 +253,12 @@ class StyleFile:
         """[T, W] of a tensor, as stored; [0] of a file that was cut off."""
         slot = self._slots[name]
         length = slot.length // self.stages
-        data = _read_at(self._descriptor, slot.offset + stage * length, length)
+        offset = slot.offset + stage * length
+        if hasattr(os, "pread"):  # after a fork two processes share the position
+            data = os.pread(self._descriptor, length, offset)
+        else:
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            data = os.read(self._descriptor, length)
         return np.frombuffer(data, "<f2").reshape(slot.shape[1:]) if len(data) == length else np.zeros(1, np.float16)
 
     def load(self) -> Style:
@@ -358,13 +363,6 @@ def stage_digest(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
         digest.update(np.ascontiguousarray(tensor).tobytes())
     return digest.hexdigest()
-
-
-def _read_at(descriptor: int, offset: int, length: int) -> bytes:
-    if hasattr(os, "pread"):  # after a fork two processes share the position
-        return os.pread(descriptor, length, offset)
-    os.lseek(descriptor, offset, os.SEEK_SET)
-    return os.read(descriptor, length)
 
 
 def _open(path: Path) -> tuple[int, dict[str, Slot], dict[str, Any]]:

@@ -180,7 +180,13 @@ class TensorRtEngine(Engine):
         self._graph: Graph | None = None
         self._scratch: Buffer | None = None
         try:
-            self._allocate()
+            largest = {name: shapes.max for name, shapes in self._profile.items()}
+            largest |= output_shapes(spec, largest)
+            for tensor in (*spec.inputs, *spec.outputs):
+                count = int(np.prod(largest[tensor.name], dtype=np.int64)) * np.dtype(tensor.dtype).itemsize
+                buffer = self._buffers[tensor.name] = self._stream.allocate(count)
+                done = self._context.set_tensor_address(tensor.name, buffer.address)
+                self._require(done, f"refuses the address of {tensor.name}")
         except BaseException:
             self._close()
             raise
@@ -216,15 +222,6 @@ class TensorRtEngine(Engine):
         self._context = self._kernels = self._engine = self._library = None
         self._stream.close()
         self._graph, self._scratch, self._buffers, self._host = None, None, {}, {}
-
-    def _allocate(self) -> None:
-        largest = {name: shapes.max for name, shapes in self._profile.items()}
-        largest |= output_shapes(self.spec, largest)
-        for tensor in (*self.spec.inputs, *self.spec.outputs):
-            count = int(np.prod(largest[tensor.name], dtype=np.int64)) * np.dtype(tensor.dtype).itemsize
-            buffer = self._buffers[tensor.name] = self._stream.allocate(count)
-            done = self._context.set_tensor_address(tensor.name, buffer.address)
-            self._require(done, f"refuses the address of {tensor.name}")
 
     def _set_input_shapes(self, shapes: dict[str, Shape]) -> None:
         """Set the input shapes of the context; a graph that was captured for other shapes is dropped."""
