@@ -62,10 +62,8 @@ def cpu_features() -> frozenset[str]:
 
 
 def real_cpu_features() -> frozenset[str]:
-    """Instruction sets of the processor by Linux' names, such as ``avx2``, ``avx512_bf16``, ``amx_bf16``, ``asimd``.
-
-    On Linux all of them, elsewhere ``avx512_bf16`` at most, which NumPy looks for. Empty if neither can tell.
-    """
+    """Instruction sets of the processor by Linux' names, such as ``avx2``, ``amx_bf16``, ``asimd``: on Linux all,
+    elsewhere ``avx512_bf16`` at most, which NumPy looks for; empty if neither can tell."""
     if facts := cpu_facts():
         return frozenset(facts.get("flags", facts.get("Features", "")).split())
     with contextlib.suppress(ImportError, AttributeError):  # NumPy 1 keeps them elsewhere

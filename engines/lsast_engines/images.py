@@ -188,9 +188,7 @@ def _from_array(source: object) -> Image8:
     if not hasattr(source, "__array__") and not hasattr(source, "__array_interface__"):
         raise PictureError(f"found {type(source).__name__}; expected a path, bytes, a file, a PIL image or an array")
     try:
-        array: npt.NDArray[Any] = np.asarray(
-            source
-        )  # also of a matrix, which stays one of two axes whatever is done to it
+        array: npt.NDArray[Any] = np.asarray(source)  # no matrix, which has two axes whatever is done to it
     except Exception as error:  # e.g. torch's TypeError for a tensor on a GPU
         raise PictureError(f"found {type(source).__name__} that is no array for NumPy ({error})") from error
     if array.ndim == 2:

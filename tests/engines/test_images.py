@@ -40,19 +40,11 @@ def smooth(height: int = 32, width: int = 48) -> U8:
     return np.stack([rows * 255 // height, columns * 255 // width, (rows + columns) * 2], axis=2).astype(np.uint8)
 
 
-class BytesPath:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __fspath__(self) -> bytes:
-        return os.fsencode(self.path)
-
-
 def test_read_picture_of_any_source_gives_rgb(tmp_path):
     pixels, path = noise(), tmp_path / "a.png"
     file = encoded(Image.fromarray(pixels))
     path.write_bytes(file)
-    paths: list[Any] = [path, str(path), np.str_(path), BytesPath(path)]
+    paths: list[Any] = [path, str(path), np.str_(path), *os.scandir(os.fsencode(tmp_path))]  # the last one of bytes
     spread = memoryview(np.frombuffer(file, np.uint8).repeat(2))[::2]
     buffers = [file, bytearray(file), memoryview(file), spread, io.BytesIO(file)]
     arrays = [pixels, pixels[::-1, ::-1][::-1, ::-1], pixels.astype(np.float32) / 255, torch.from_numpy(pixels)]

@@ -122,10 +122,8 @@ class Bundle:
         return self.path / f"{name}.onnx"
 
     def styles(self) -> dict[str, Path]:
-        """The style files for this bundle by name: its own, sorted, then those in the user's folder, sorted.
-
-        The user's style replaces one of the bundle with the same name.
-        """
+        """The style files for this bundle by name: its own, sorted, then those in the user's folder, sorted; these
+        replace those of the bundle with the same name."""
         own, users = (_style_files(folder) for folder in (self.path / STYLES, self.user_style_folder))
         for name in own.keys() & users.keys():
             _log.info("style %s: %s replaces the bundle's own", name, users[name])
@@ -169,9 +167,7 @@ class Bundle:
         replace: bool = False,
         consume: bool = False,
     ) -> Bundle:
-        """Write a whole bundle, or nothing.
-
-        It is built in a hidden folder beside `path`, opened there as a check, and renamed.
+        """Write a whole bundle, or nothing: it is built in a hidden folder, opened there as a check, and renamed.
 
         Args:
             path: the new folder.

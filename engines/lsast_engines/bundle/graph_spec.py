@@ -88,10 +88,7 @@ def graph_specs(geometry: Geometry) -> dict[str, GraphSpec]:
 
 
 def tiny_decoder_spec(geometry: Geometry) -> GraphSpec:
-    """The spec of ``vae_decoder_tiny``, which has the inputs and outputs of ``vae_decoder``.
-
-    Its latents are divided by `latent_scale` too, whatever its network expects.
-    """
+    """The spec of `VAE_DECODER_TINY`; its latents are divided by `latent_scale` too, whatever its network expects."""
     return replace(graph_specs(geometry)[VAE_DECODER], name=VAE_DECODER_TINY)
 
 
@@ -153,10 +150,8 @@ class _Tensors:
 
 
 def optional_specs(geometry: Geometry, graphs: Mapping[str, GraphSpec]) -> dict[str, GraphSpec]:
-    """The specs that the optional ones of `graphs` should have; if one of the split graphs is there, of all three.
-
-    The split is read from the shapes of `graphs`; the caller compares the result with them.
-    """
+    """The specs that the optional ones of `graphs` should have, read from the shapes of `graphs`; if one of the split
+    graphs is there, of all three."""
     small = {VAE_DECODER_TINY: tiny_decoder_spec(geometry)} if VAE_DECODER_TINY in graphs else {}
     if not any(name in graphs for name in UNET_SPLIT_GRAPHS):
         return small

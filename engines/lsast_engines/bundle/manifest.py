@@ -141,10 +141,8 @@ class Manifest:
 
 
 def declared_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 (hex) of the files of a bundle by name, as its manifest says; empty for a folder without a manifest.
-
-    `Bundle.open` has compared them with the files.
-    """
+    """SHA-256 (hex) of the files of a bundle by name, as its manifest says, which `Bundle.open` has compared with the
+    files; empty for a folder without a manifest."""
     try:
         files = parse_json((folder / MANIFEST).read_bytes())["files"]
         return {name: entry["sha256"] for name, entry in files.items() if isinstance(entry["sha256"], str)}

@@ -219,10 +219,8 @@ def verified_record(engine: Path) -> EngineRecord:
 
 
 def graph_digest(path: Path) -> str:
-    """SHA-256 (hex) of a graph file and of the weight files beside it that it may refer to.
-
-    In a bundle the hashes of weights are taken from the manifest (`Bundle.open` verifies them), not computed again.
-    """
+    """SHA-256 (hex) of a graph file and of the weight files beside it that it may refer to; of the latter as a
+    manifest declares them, else computed."""
     weights = sorted(file for pattern in ("*.data", "base.safetensors") for file in path.parent.glob(pattern))
     declared = declared_hashes(path.parent)
     digest = hashlib.sha256(file_sha256(path).encode())
@@ -232,13 +230,11 @@ def graph_digest(path: Path) -> str:
 
 
 def engine_folder(bundle: Path, flavor: TrtFlavor, compute_dtype: str) -> Path:
-    """The folder of the engines of a bundle: ``compiled/BASE/LIBRARY/DTYPE`` in the cache folder.
+    """The folder of the engines of a bundle: ``compiled/BASE/LIBRARY/DTYPE`` in the cache folder; a `BackendError` for
+    no bundle, and where others may write the folder.
 
     It is named by the base's fingerprint: a bundle that is exported again finds its old engines there, and their
     records say in what they differ.
-
-    Raises:
-        BackendError: no bundle, or others may write the folder.
     """
     try:
         manifest = Manifest.from_json((bundle / MANIFEST).read_text(encoding="utf-8"))
