@@ -340,10 +340,10 @@ def import_opencv() -> Any:
     return _opencv[0]
 
 
-def canny_edges(rgb: npt.NDArray[np.uint8], low: float = 100.0, high: float = 200.0) -> npt.NDArray[np.uint8]:
+def canny_edges(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Canny edges of an 8-bit RGB image: [H, W, 3] → [H, W] of 0 and 1; thresholds of docs/method.md §4, step 2."""
     cv2 = import_opencv()
-    edges: npt.NDArray[np.uint8] = (cv2.Canny(np.ascontiguousarray(rgb), low, high) > 0).astype(np.uint8)
+    edges: npt.NDArray[np.uint8] = (cv2.Canny(np.ascontiguousarray(rgb), 100, 200) > 0).astype(np.uint8)
     return edges
 
 

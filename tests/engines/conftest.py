@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -134,24 +135,17 @@ class ToyGraph:
         return {"y": y, "total": y.sum(axis=(1, 2))}
 
 
-class ProductGraph:
-    """y = x W; W [64, 64] fp16 lies in a file of its own. `x` [3, 64] are inputs."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self.path = folder / "product.onnx"
-        sides = [TensorSpec(name, "float32", ("N", 64)) for name in "xy"]
-        self.spec = GraphSpec("product", (sides[0],), (sides[1],))
-        rng = np.random.default_rng(0)
-        self.x, weight = rng.standard_normal((3, 64)).astype(np.float32), rng.standard_normal((64, 64))
-        self.weight = weight.astype(np.float16)
-        text = "product (float[N, 64] x) => (float[N, 64] y) { W32 = Cast <to = 1> (W) y = MatMul (x, W32) }"
-        _save(self.path, text, self.weight)
-
-
 @pytest.fixture
-def product(tmp_path: Path) -> ProductGraph:
-    return ProductGraph(tmp_path / "graphs")
+def product(tmp_path: Path) -> SimpleNamespace:
+    """y = x W; W [64, 64] fp16 lies in a file of its own. `x` [3, 64] are inputs."""
+    path = tmp_path / "graphs" / "product.onnx"
+    path.parent.mkdir()
+    sides = [TensorSpec(name, "float32", ("N", 64)) for name in "xy"]
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((3, 64)).astype(np.float32), rng.standard_normal((64, 64)).astype(np.float16)
+    text = "product (float[N, 64] x) => (float[N, 64] y) { W32 = Cast <to = 1> (W) y = MatMul (x, W32) }"
+    _save(path, text, weight)
+    return SimpleNamespace(path=path, spec=GraphSpec("product", (sides[0],), (sides[1],)), x=x, weight=weight)
 
 
 def _save(path: Path, text: str, weight: np.ndarray) -> None:
