@@ -64,10 +64,7 @@ class NoiseLevel:
 @dataclass(frozen=True)
 class NoiseSchedule:
     """Variances beta_t of the forward process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t) (Ho et al. 2020).
-
-    Raises:
-        UsageError: invalid values; all of them at once.
-    """
+    A `UsageError` lists all invalid values."""
 
     train_steps: int = 1000
     """Timesteps of the forward process, t = 0 … train_steps - 1."""
@@ -298,13 +295,11 @@ class TimestepSchedule:
     def build(
         cls, noise: NoiseSchedule, steps: int, strength: float, stages: int, solver: str = "ddim"
     ) -> TimestepSchedule:
-        """The schedule of a run.
+        """The schedule of a run for a base's noise schedule, and prompts of as many `stages`.
 
         Args:
-            noise: the base's noise schedule.
             steps: points of the full grid of `solver`, from pure noise down.
             strength: part of the grid that is run, in (0, 1].
-            stages: stages of the prompts.
 
         Raises:
             UsageError: values out of range, all at once. With `ddim_lsast` also values with which the released code

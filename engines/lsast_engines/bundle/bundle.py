@@ -46,23 +46,18 @@ _log = logging.getLogger("lsast.bundle")
 class Bundle:
     """An exported base on disk that agrees with its manifest."""
 
-    def __init__(self, path: Path, manifest: Manifest, null_style: Style) -> None:
-        self.path = path
-        self.manifest = manifest
+    def __init__(self, path: Path, manifest: Manifest, null_style: Style, stats: dict[str, os.stat_result]) -> None:
+        self.path, self.manifest = path, manifest
         self.null_style = null_style
         """The unconditional keys and values: one stage for all, or as many as the styles have."""
         self.user_style_folder = user_style_folder(manifest.fingerprint)
         """The folder into which `lsast-export` writes styles for a bundle that is not the user's own."""
-        self._stats: dict[str, os.stat_result] = {}  # of the files, before they were checked
+        self._stats = stats  # of the files, before they were checked
 
     @classmethod
     def open(cls, path: Path, verify_hashes: bool = True) -> Bundle:
         """Open a bundle and check everything that its manifest declares: of every file the SHA-256, or with
-        `verify_hashes` False the size only.
-
-        Raises:
-            BundleError: not a bundle, of another format, incomplete or damaged; all faults at once.
-        """
+        `verify_hashes` False the size only. A `BundleError` lists all faults."""
         path = path.absolute()  # so that it is still found when the process changes its folder
         if not is_file(path / MANIFEST):
             raise BundleError(f"found no {MANIFEST} in {path}; expected a bundle, written by: lsast-export")
@@ -83,9 +78,7 @@ class Bundle:
                 faults.append(f"{NULL_STYLE_FILE}: {error}")
         if faults or null_style is None:
             raise BundleError(fault_list(f"{path} differs from its manifest; export it again:", faults))
-        bundle = cls(path, manifest, null_style)
-        bundle._stats = stats
-        return bundle
+        return cls(path, manifest, null_style, stats)
 
     def has_changed(self, *, in_place: bool = False) -> bool:
         """Whether something has replaced, removed or overwritten a file since it was checked.

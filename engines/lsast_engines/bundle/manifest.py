@@ -117,11 +117,8 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, where: str = "manifest.json") -> Manifest:
-        """Parse the text of a manifest; `where` names it in messages.
-
-        Raises:
-            BundleError: not a JSON object, another format, or invalid fields; all faults at once.
-        """
+        """Parse the text of a manifest; `where` names it in messages. A `BundleError` if it is no JSON object or of
+        another format, else with all invalid fields."""
         try:
             data = parse_json(text)
         except ValueError as error:

@@ -78,11 +78,8 @@ class StageKV(NamedTuple):
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Mean and standard deviation of each latent channel over an artist's works, in the units of the U-Net.
-
-    Raises:
-        UsageError: no channels, not as many of both, or a standard deviation that is not above 0.
-    """
+    """Mean and standard deviation of each latent channel over an artist's works, in the units of the U-Net; a
+    `UsageError` for no channels, not as many of both, or a standard deviation that is not above 0."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -109,12 +106,10 @@ class LatentStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Style:
-    """Keys and values of one style for one base, float32 and contiguous.
+    """Keys and values of one style for one base, float32 and contiguous. A `StyleError` lists all tensors that do not
+    have the declared shape, or are not finite.
 
     The prompt of each stage and layer group was chosen when the style was baked (docs/method.md §1.4).
-
-    Raises:
-        StyleError: tensors that do not have the declared shape, or are not finite; all faults at once.
     """
 
     name: str
@@ -149,11 +144,8 @@ class Style:
         return StageKV(self.kv_unet[stage], self.kv_control[stage])
 
     def save(self, path: Path) -> None:
-        """Write the style file `path`, tensors in float16.
-
-        Raises:
-            StyleError: values beyond float16's range of ±65504, or a name that is no file name (`style_name_faults`).
-        """
+        """Write the style file `path`, tensors in float16; a `StyleError` for values beyond its range of ±65504, and
+        for a name that is no file name (`style_name_faults`)."""
         from safetensors.numpy import save
 
         if faults := style_name_faults(self.name):

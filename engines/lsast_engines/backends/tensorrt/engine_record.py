@@ -80,11 +80,8 @@ Profile = dict[str, InputShapes]
 
 @dataclass(frozen=True)
 class ShapeRanges:
-    """The sizes that a user wants to run a compiled engine with.
-
-    Raises:
-        UsageError: ranges that are not ordered, or sides that are no multiples of 8; all faults at once.
-    """
+    """The sizes that a user wants to run a compiled engine with. A `UsageError` lists all ranges that are not
+    ordered, or out of bounds."""
 
     side: Range = _SIDE
     """Height and width in pixels, multiples of 8."""
