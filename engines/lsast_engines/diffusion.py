@@ -346,7 +346,6 @@ def _grid(train_steps: int, steps: int, solver: SolverEntry) -> list[int]:
 
 
 def _released_faults(train_steps: int, steps: int, strength: float) -> list[str]:
-    """The reasons why the released code cannot run its grid."""
     grid = _grid(train_steps, steps, SOLVERS["ddim_lsast"])
     faults = []
     if grid[0] >= train_steps:

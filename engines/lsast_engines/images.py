@@ -82,7 +82,6 @@ def find_pictures(folder: Path, others: list[Path] | None = None) -> list[Path]:
 
 @functools.cache
 def _suffixes() -> frozenset[str]:
-    """The suffixes, in lower case, of files in `FORMATS`."""
     from PIL import Image
 
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
@@ -90,7 +89,6 @@ def _suffixes() -> frozenset[str]:
 
 
 def _search(root: Path, others: list[Path]) -> Iterator[Path]:
-    """The image files under `root`, however deep."""
     resolved, linked, folders = root.resolve(), set[Path](), [root]
     while folders:
         folder = folders.pop()

@@ -136,8 +136,6 @@ def split_specs(geometry: Geometry, cut: UnetSplit) -> dict[str, GraphSpec]:
 
 
 class _Tensors:
-    """Inputs and outputs of the graphs of a base, by name."""
-
     def __init__(self, g: Geometry) -> None:
         self.image = TensorSpec("image", "float32", ("B", 3, "H", "W"))
         self.latent = TensorSpec("latent", "float32", ("B", g.latent_channels, "h", "w"))
