@@ -44,8 +44,8 @@ class BaseConfig:
 class Base:
     """A base in memory: its networks are frozen and in evaluation mode.
 
-    Their attentions take contexts by layer group, so the networks are called with ``cross_attention_kwargs``
-    (`lsast_train.base.attention`) and without ``encoder_hidden_states``.
+    They are called with the ``cross_attention_kwargs`` of `lsast_train.base.attention` and without
+    ``encoder_hidden_states``.
     """
 
     config: BaseConfig
@@ -92,7 +92,7 @@ class Base:
 
         Args:
             gradient_checkpointing: the U-Net computes its activations again in the backward pass.
-            controlnet: whether ControlNet is moved, too; what does not use it saves its memory there.
+            controlnet: whether ControlNet is moved, too.
         """
         for network in (*self.networks().values(), self.text_encoder):
             if network is not None and (controlnet or network is not self.controlnet):
@@ -127,12 +127,11 @@ class Base:
         """Predicted noise [B, 4, h, w].
 
         Args:
-            latent: noised latents [B, 4, h, w].
+            latent: noised, [B, 4, h, w].
             timestep: [B] in 0..train_steps-1.
-            contexts: [B, 3, tokens, dim], a context for each layer group, or three of [B, tokens, dim]; or `packed_kv`.
-            edges: [B, 3, 8h, 8w] of 0 and 1; None leaves ControlNet out, as the released training does
-                (docs/method.md §3).
-            residuals: of the ControlNet, as `control` gives them, where its contexts differ; in place of `edges`.
+            contexts: `Contexts`, or `packed_kv`.
+            edges: [B, 3, 8h, 8w] of 0 and 1 for ControlNet; None leaves it out.
+            residuals: of the ControlNet, as `control` gives them, in place of `edges`.
         """
         if residuals is None:
             residuals = {} if edges is None else self.control(latent, timestep, contexts, edges)

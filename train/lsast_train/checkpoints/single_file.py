@@ -4,7 +4,7 @@ Names are translated by diffusers' own converters, and nothing may be left over 
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,7 @@ from diffusers.loaders.single_file_utils import (
 from lsast_engines.errors import TrainingError, fault_list
 
 from .inspection import BaseInspection, Part, UnetWeights
-from .networks import (
-    HEADS,
-    Tensors,
-    clip_weights,
-    controlnet_config,
-    count,
-    diffusers_weights,
-    require,
-    unet_config,
-    vae_config,
-)
+from .networks import CLASSES, HEADS, Kind, Tensors, clip_weights, count, diffusers_weights, require
 from .weights import Weights, read_metadata, read_tensors, truncate
 
 UNET = "model.diffusion_model."
@@ -101,7 +91,7 @@ def read_vae_file(path: Path) -> Weights:
     """
     state = read_tensors(path)
     if "encoder.conv_norm_out.weight" in state:
-        return diffusers_weights("AutoencoderKL", state, vae_config(state))
+        return diffusers_weights("AutoencoderKL", state)
     if "encoder.conv_in.weight" not in section(state, VAE):
         kind = describe_unsupported(state) or "no autoencoder"
         raise TrainingError(f"found {kind} in {path.name}; expected an autoencoder")
@@ -122,7 +112,7 @@ def read_controlnet_file(path: Path, heads: int = HEADS) -> Weights:
                 "control_v11p_sd15_canny"
             )
     if "controlnet_cond_embedding.conv_in.weight" in state:
-        return diffusers_weights("ControlNetModel", state, controlnet_config(state, heads))
+        return diffusers_weights("ControlNetModel", state, heads=heads)
     control = section(state, CONTROL)
     if "input_hint_block.0.weight" not in control:
         raise TrainingError(f"found {describe_unsupported(state) or 'a base'} in {path.name}; expected a ControlNet")
@@ -191,16 +181,14 @@ def unet_weights(state: Tensors, heads: int = HEADS) -> Weights:
     state = section(state, UNET)
     blocks = _blocks(state, "U-Net in CompVis naming", "out.2.weight")
     prefixed = {UNET + key: value for key, value in state.items()}
-    tensors = _translate(prefixed, lambda tensors: convert_ldm_unet_checkpoint(tensors, blocks), "the U-Net")
-    return diffusers_weights("UNet2DConditionModel", tensors, unet_config(tensors, heads))
+    return _translate("UNet2DConditionModel", prefixed, convert_ldm_unet_checkpoint, blocks, heads)
 
 
 def controlnet_weights(state: Tensors, heads: int = HEADS) -> Weights:
     """The ControlNet of `state`, not built yet; see `unet_weights`."""
     state = section(state, CONTROL)
     blocks = _blocks(state, "ControlNet in CompVis naming", "input_hint_block.0.weight", "time_embed.0.weight")
-    tensors = _translate(state, lambda tensors: convert_controlnet_checkpoint(tensors, blocks), "ControlNet")
-    return diffusers_weights("ControlNetModel", tensors, controlnet_config(tensors, heads))
+    return _translate("ControlNetModel", state, convert_controlnet_checkpoint, blocks, heads)
 
 
 def vae_weights(state: Tensors) -> Weights:
@@ -211,8 +199,7 @@ def vae_weights(state: Tensors) -> Weights:
     # 1x1 convolutions there are linear layers in diffusers.
     flat = {k: v.flatten(1) if ".attn_1." in k and v.ndim > 2 else v for k, v in found.items()}
     blocks = {"down_block_types": levels, "up_block_types": levels}
-    tensors = _translate(flat, lambda tensors: convert_ldm_vae_checkpoint(tensors, blocks), "the autoencoder")
-    return diffusers_weights("AutoencoderKL", tensors, vae_config(tensors))
+    return _translate("AutoencoderKL", flat, convert_ldm_vae_checkpoint, blocks)
 
 
 def section(state: Tensors, prefix: str) -> dict[str, torch.Tensor]:
@@ -228,15 +215,14 @@ def _blocks(state: Tensors, what: str, *needed: str) -> dict[str, int]:
     return {"layers_per_block": count(state, "input_blocks.") // levels - 1}
 
 
-def _translate(
-    state: Tensors, convert: Callable[[dict[str, Any]], Mapping[str, torch.Tensor | None]], what: str
-) -> dict[str, torch.Tensor]:
-    """`state` under diffusers' names. The converters drop what they do not know; here that is a fault."""
-    renamed = {key: value for key, value in convert(dict(state)).items() if value is not None}
+def _translate(kind: Kind, state: Tensors, convert: Any, blocks: Mapping[str, Any], heads: int = HEADS) -> Weights:
+    """`state` under the names that diffusers' `convert` gives. It drops what it does not know; here that is a fault."""
+    renamed = {key: value for key, value in convert(dict(state), blocks).items() if value is not None}
     used = {id(value) for value in renamed.values()}
     if left := [f"{key}: not expected" for key, value in state.items() if id(value) not in used]:
-        raise TrainingError(fault_list(f"the weights of {what} are not those of its architecture:", truncate(left)))
-    return renamed
+        heading = f"the weights of {CLASSES[kind][1]} are not those of its architecture:"
+        raise TrainingError(fault_list(heading, truncate(left)))
+    return diffusers_weights(kind, renamed, heads=heads)
 
 
 def describe_unsupported(keys: Iterable[str]) -> str | None:

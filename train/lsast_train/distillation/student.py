@@ -13,9 +13,8 @@ from lsast_engines.errors import StyleError
 
 from ..base.attention import cross_attention_layers, project_contexts
 from ..base.base import Base
-from ..base.fingerprint import check_fingerprint
 from ..base.projection import GROUPS
-from ..prompts.prompt_file import find_prompts, load_prompts
+from ..prompts.prompt_file import check_fingerprint, find_prompts, load_prompts
 
 
 class Student(nn.Module):
