@@ -21,9 +21,6 @@ class Student(nn.Module):
     """Keys and values init + scale · delta, of which delta is trained; those of ControlNet stay: they have no guidance.
 
     The scale is the root mean square of each layer's keys or values, so that one learning rate suits all layers.
-
-    Args:
-        unet: the base's.
     """
 
     init: torch.Tensor
@@ -47,11 +44,7 @@ class Student(nn.Module):
 
 
 def read_style(name_or_path: str, base: Base, folder: Path | None = None) -> Style:
-    """The style of a style file or of prompts, in this order.
-
-    Args:
-        name_or_path: a file; or the name of a style of the base's bundle, or of prompts as `find_prompts` finds them.
-        base, folder: what it has to belong to, and its folder.
+    """The style of a file, or of that name in the bundle `folder` of `base`, or of prompts that `find_prompts` finds.
 
     Raises:
         StyleError: there is none; it is damaged, of another base, or its guidance is distilled already.

@@ -54,9 +54,7 @@ class Distances:
 class StyleLoss(nn.Module):
     """Losses of paintings after the works of one artist. The last paintings are buffers, so a checkpoint holds them.
 
-    Args:
-        works: of which `WORKS` crops stand for all, each work in its turn.
-        size, seed: of the crops; they are as large as the paintings will be, in pixels.
+    `WORKS` crops of the paintings' `size` in pixels stand for all works, each in its turn.
     """
 
     def __init__(self, works: Sequence[Painting], size: int, seed: int, device: torch.device) -> None:

@@ -79,8 +79,7 @@ class RunFiles:
             overwrite: whether it may replace the result of a finished run, if it does not go on.
 
         Raises:
-            UsageError: a name that is no file name, or a size that the base cannot take; all faults at once. Or a
-                folder that cannot be written.
+            UsageError: a name that is no file name, and a size that the base cannot take; or an unwritable folder.
             TrainingError: a checkpoint that is missing, or in the way; a result that is not to be replaced.
         """
         faults = style_name_faults(self.name)
@@ -106,9 +105,7 @@ class RunFiles:
     ) -> Iterator[None]:
         """`require`, and refuse other runs while the block runs; of several processes only that which `writes` locks.
 
-        Raises:
-            UsageError, TrainingError: as `require`; or another run is at it.
-            OSError: the folder cannot be written.
+        Raises the errors of `require`, a `TrainingError` if another run is at it, and an OSError.
         """
         self.require(size, multiple, resume, overwrite)
         if not writes:
@@ -132,7 +129,6 @@ class RunResult:
     """The result of a finished run."""
 
     file: Path
-    """The prompt file or style file."""
     curve: Path
     steps: int
     best_step: int
@@ -161,10 +157,8 @@ class LossCurve:
         self.evaluations = evaluations
 
     def relative(self, evaluation: Evaluation, part: str = "held_out") -> float:
-        """The loss relative to that of the initial prompts, stage by stage, then averaged.
-
-        Losses differ a hundredfold between stages; a plain mean would let the clean end decide alone.
-        """
+        """The loss relative to that of the initial prompts, stage by stage, then averaged: losses differ a hundredfold
+        between stages, and a plain mean would let the clean end decide alone."""
         initial: list[float] = self.evaluations[0][part]
         return float(sum(new / old for new, old in zip(evaluation[part], initial, strict=True)) / len(initial))
 
@@ -173,11 +167,9 @@ class LossCurve:
         return min(self.evaluations[first:], key=self.relative)
 
     def save(self, path: Path, facts: dict[str, Any], stages: Sequence[int] | None = None) -> None:
-        """Write ``path`` (JSON) and the same name with ``.png``, both whole; only a warning tells if that fails.
+        """Write ``path`` (JSON with `facts`) and the same name with ``.png``; only a warning tells if that fails.
 
-        Args:
-            facts: more to tell there; ``name`` is the picture's title.
-            stages: numbers of the stages that the losses are of; None is 0, 1, 2 …
+        `stages` are the numbers of the stages that the losses are of; None is 0, 1, 2 …
         """
         best = self.best()
         rows = [
