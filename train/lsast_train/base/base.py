@@ -14,9 +14,6 @@ from ..options import MixedPrecision
 from .attention import Contexts, layer_contexts, set_layerwise_processors
 from .mini_networks import MiniAutoencoder, StyleEncoder
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Element types of mixed precision."""
-
 
 @dataclass(frozen=True)
 class BaseConfig:
@@ -194,4 +191,4 @@ def autocast_dtype(device: torch.device, mixed_precision: MixedPrecision) -> tor
     if mixed_precision == "auto":
         multiplies = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         mixed_precision = "bf16" if multiplies else "no"
-    return AUTOCAST.get(mixed_precision)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)

@@ -22,14 +22,9 @@ from .inspection import BaseInspection, Part, UnetWeights
 from .networks import CLASSES, HEADS, Kind, Tensors, clip_weights, count, diffusers_weights, require
 from .weights import Weights, read_metadata, read_tensors, truncate
 
-UNET = "model.diffusion_model."
-"""Prefix of the U-Net's keys."""
-CONTROL = "control_model."
-"""Prefix of ControlNet's keys."""
-VAE = "first_stage_model."
-"""Prefix of the autoencoder's keys."""
+UNET, CONTROL, VAE = "model.diffusion_model.", "control_model.", "first_stage_model."
 TEXT = "cond_stage_model.transformer."
-"""Prefix of the keys of the CLIP text encoder."""
+"""Prefixes of the keys of each network, and of the CLIP text encoder's."""
 
 _EMA = "model_ema.diffusion_model"
 
@@ -84,11 +79,7 @@ def read_single_file(path: Path, wanted: UnetWeights, own: Sequence[Part], found
 
 
 def read_vae_file(path: Path) -> Weights:
-    """The autoencoder in `path`, in CompVis' or diffusers' naming.
-
-    Raises:
-        TrainingError: there is none.
-    """
+    """The autoencoder in `path`, in CompVis' or diffusers' naming; `TrainingError` if there is none."""
     state = read_tensors(path)
     if "encoder.conv_norm_out.weight" in state:
         return diffusers_weights("AutoencoderKL", state)
@@ -99,11 +90,7 @@ def read_vae_file(path: Path) -> Weights:
 
 
 def read_controlnet_file(path: Path, heads: int = HEADS) -> Weights:
-    """The ControlNet in `path`, in CompVis' or diffusers' naming.
-
-    Raises:
-        TrainingError: there is none, or one of differences to a U-Net.
-    """
+    """The ControlNet in `path`, in either naming; `TrainingError` for none, or one of differences to a U-Net."""
     state = read_tensors(path)
     for key, kind in (("difference", "differences"), ("lora_controlnet", "a Control-LoRA, low-rank differences")):
         if key in state:
@@ -113,10 +100,9 @@ def read_controlnet_file(path: Path, heads: int = HEADS) -> Weights:
             )
     if "controlnet_cond_embedding.conv_in.weight" in state:
         return diffusers_weights("ControlNetModel", state, heads=heads)
-    control = section(state, CONTROL)
-    if "input_hint_block.0.weight" not in control:
+    if "input_hint_block.0.weight" not in section(state, CONTROL):
         raise TrainingError(f"found {describe_unsupported(state) or 'a base'} in {path.name}; expected a ControlNet")
-    return controlnet_weights(control, heads)
+    return controlnet_weights(state, heads)
 
 
 def _read_schedule(path: Path, state: Mapping[str, torch.Tensor], found: BaseInspection) -> None:
@@ -169,11 +155,7 @@ def _pick(path: Path, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
 
 
 def unet_weights(state: Tensors, heads: int = HEADS) -> Weights:
-    """The U-Net of `state`, not built yet.
-
-    Args:
-        state: tensors by name. Those under the network's prefix are used; all, if nothing has it.
-        heads: attention heads of every level.
+    """The U-Net of `state`: of the tensors under its prefix, or of all, if nothing has it; not built yet.
 
     Raises:
         TrainingError: no U-Net, or one of another architecture, or tensors left over; all faults at once.

@@ -54,7 +54,7 @@ class BaseSource:
     """A base or bundle that lsast wrote, by name or folder (None: the embedded default); a folder in diffusers' format;
     a single file in CompVis naming; or OWNER/NAME of the hub."""
     controlnet: str | Path | None = None
-    """Its ControlNet: a folder in diffusers' format, a single file, or OWNER/NAME of the hub. None: the base's own."""
+    """Its ControlNet, in the last three forms. None: the base's own."""
     unet_weights: UnetWeights = "auto"
     revision: str | None = None
     """Commit hash or tag of what comes from the hub and names none itself (OWNER/NAME@REVISION)."""
@@ -81,11 +81,8 @@ def bases_inside(name: str | Path | None) -> str:
         return ""
     near = [folder.parent] if is_importable(folder.parent) else [*folder.glob("snapshots/*"), *folder.glob("*")]
     found = sorted(str(path) for path in near if is_importable(path) and (path.is_dir() or weights_format(path)))
-    return (
-        "\n  " + fault_list(f"{folder} is a folder without unet/config.json; perhaps you mean:", found[:8])
-        if found
-        else ""
-    )
+    heading = f"{folder} is a folder without unet/config.json; perhaps you mean:"
+    return "\n  " + fault_list(heading, found[:8]) if found else ""
 
 
 def import_base(source: BaseSource) -> BaseInspection:

@@ -242,18 +242,12 @@ def load_modules(tensors: Mapping[str, torch.Tensor], modules: Mapping[str, nn.M
     Raises:
         TrainingError: `shape_faults` of all modules, below `heading`.
     """
-    states = {
-        name: {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-        for name in modules
-    }
-    faults = [
-        f"{name}.{fault}"
-        for name, module in modules.items()
-        for fault in shape_faults(
-            {key: value.shape for key, value in states[name].items()},
-            {key: value.shape for key, value in module.state_dict().items()},
-        )
-    ]
+    states, faults = {}, []
+    for name, module in modules.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        found, wanted = ({key: value.shape for key, value in state.items()} for state in (own, module.state_dict()))
+        faults += [f"{name}.{fault}" for fault in shape_faults(found, wanted)]
+        states[name] = own
     if faults:
         raise TrainingError(fault_list(heading, faults))
     for name, module in modules.items():
