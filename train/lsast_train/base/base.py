@@ -103,10 +103,7 @@ class Base:
         """Store the weights of the U-Net's convolutions and linear layers in the type of autocast: half the memory.
 
         With mixed precision they are rounded at every call otherwise, so the results are the same; the norms keep
-        float32. The base then runs in this precision only. Without mixed precision nothing changes.
-
-        Args:
-            device: where the base will run; None is where it lies.
+        float32. On `device`, or where it lies, the base then runs in this precision only.
         """
         if dtype := autocast_dtype(device or self.device, mixed_precision):
             for module in self.unet.modules():

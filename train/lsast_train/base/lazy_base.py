@@ -107,8 +107,7 @@ def load_base(source: str | Path | BaseSource | None = None, dtype: torch.dtype 
 
     Raises:
         BundleError: no such base.
-        TrainingError: another format, weights that do not fit or changed, or no Stable Diffusion 1.5 (all faults at
-            once).
+        TrainingError: another format, weights that do not fit or changed, or no Stable Diffusion 1.5; all at once.
         UsageError: options that are invalid for this base.
     """
     return open_base(source).base(dtype)
@@ -139,9 +138,7 @@ def save_base(base: Base | LazyBase, folder: Path, dtype: torch.dtype = torch.fl
 def resolve_local_base(source: BaseSource) -> Path | None:
     """The folder of a base that lsast wrote, if `source` names one; None if it is one to import.
 
-    Raises:
-        BundleError: neither.
-        UsageError: options of an import for a base that lsast wrote.
+    `BundleError` if it is neither, `UsageError` for options of an import where there is none.
     """
     given = None if source.base is None else Path(source.base).expanduser()
     # A base just trained has no manifest yet.

@@ -33,10 +33,6 @@ _NETWORKS: dict[Part, tuple[str, Kind | Literal["CLIPTextModel"], tuple[str, str
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BRANCHES = ("main", "master", "HEAD")
 _MARKS, _NON_EMA = ("", ".fp16"), ".non_ema"
-_TEXT_SETTINGS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("max_position_embeddings", "hidden_act", "layer_norm_eps"),
-)
 _log = logging.getLogger("lsast.base")
 
 
@@ -52,11 +48,7 @@ class Repository:
         """The model's name in messages and in `BaseInspection.origin`; no path of this machine."""
 
     def first(self, *paths: str) -> Path | None:
-        """The local file of the first of `paths` that is there; None if none is.
-
-        Raises:
-            TrainingError: whether they are there cannot be found out.
-        """
+        """The local file of the first of `paths` that is there; `TrainingError` if that cannot be found out."""
         return next((self.path / path for path in paths if (self.path / path).is_file()), None)
 
 
@@ -102,11 +94,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def open_hub(name: str, revision: str | None) -> HubRepository:
-    """The repository OWNER/NAME or OWNER/NAME@REVISION; `revision` is for names without one of their own.
-
-    Raises:
-        UsageError: no revision, or a branch.
-    """
+    """The repository OWNER/NAME or OWNER/NAME@REVISION; `UsageError` without a revision, or for a branch."""
     owner, _, own = name.partition("@")
     pinned = own or revision
     if pinned is None or pinned in _BRANCHES:
@@ -183,8 +171,7 @@ def add_from(
         return
     _log.info("%s: %s of %s", part, weights_file.name, repository.name)
     if kind == "CLIPTextModel":
-        settings = {key: config[key] for key in _TEXT_SETTINGS if key in config}
-        found.add(part, lambda: clip_weights(_shards(repository, prefix, weights_file), settings))
+        found.add(part, lambda: clip_weights(_shards(repository, prefix, weights_file), config))
     else:
         found.add(part, lambda: diffusers_weights(kind, _shards(repository, prefix, weights_file), config))
 

@@ -63,8 +63,7 @@ def diffusers_weights(
 def clip_weights(state: Tensors, config: Mapping[str, Any] | None = None) -> Weights:
     """A CLIPTextModel of transformers' configuration `config`; if None, of the one that the tensors tell.
 
-    Begin and end of a text are the last two tokens of the vocabulary; the configuration of Stable Diffusion 1.5 names
-    others.
+    Begin and end of a text are the vocabulary's last two tokens; Stable Diffusion 1.5's configuration names others.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -90,9 +89,9 @@ def clip_weights(state: Tensors, config: Mapping[str, Any] | None = None) -> Wei
         "max_position_embeddings": len(plain[_PLACES]),
         "hidden_act": "quick_gelu",
     }
-    known = {**(read if config is None else config), **names}
+    known = read if config is None else {key: config[key] for key in (*read, "layer_norm_eps") if key in config}
     try:
-        settings = CLIPTextConfig(**known)
+        settings = CLIPTextConfig(**{**known, **names})
         with torch.device("meta"):
             # transformers put everything under ``text_model.`` before 5.6.
             prefix = "text_model." if hasattr(CLIPTextModel(settings), "text_model") else ""

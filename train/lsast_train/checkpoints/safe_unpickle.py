@@ -54,12 +54,9 @@ class Stub:
 
 
 def load_pickle(path: Path, stubbed: Callable[[str], bool]) -> Any:
-    """The content of a file of ``torch.save``; the tensors are on the CPU and views of the file.
+    """The content of a file of ``torch.save``, in views of the file; its errors are for `refusals`.
 
-    What it raises, `refusals` makes a `TrainingError`.
-
-    Args:
-        stubbed: whether a name that torch does not know, such as ``argparse.Namespace``, may become a `Stub`.
+    `stubbed` says whether a name that torch does not know, such as ``argparse.Namespace``, may become a `Stub`.
     """
     stubs: list[Any] = [(type(name, (Stub,), {}), name) for name in _check_pickle(path) if stubbed(name)]
     with path.open("rb") as stream, torch.device("cpu"), torch.serialization.safe_globals(stubs):

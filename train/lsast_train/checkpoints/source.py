@@ -44,11 +44,7 @@ _log = logging.getLogger("lsast.base")
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Which base to load.
-
-    Raises:
-        UsageError: an unknown choice of weights.
-    """
+    """Which base to load; `UsageError` for an unknown choice of weights."""
 
     base: str | Path | None = None
     """A base or bundle that lsast wrote, by name or folder (None: the embedded default); a folder in diffusers' format;
@@ -86,9 +82,7 @@ def bases_inside(name: str | Path | None) -> str:
 
 
 def import_base(source: BaseSource) -> BaseInspection:
-    """Find the parts of `source` and check that they are those of a Stable Diffusion 1.5 and fit together.
-
-    Nothing of them is in memory yet.
+    """Find the parts of `source`, unread, and check that they are those of a Stable Diffusion 1.5 and fit together.
 
     Raises:
         TrainingError: parts that are missing, damaged, of another kind of model, or do not fit together; all at once.

@@ -65,8 +65,7 @@ class Weights:
     def build(self, dtype: torch.dtype = torch.float32) -> Any:
         """The frozen network in `dtype`; tensors that are of it already stay views of their file.
 
-        Raises:
-            TrainingError: weights that do not fit, or that are not finite; all faults at once.
+        `TrainingError` for weights that do not fit, or that are not finite.
         """
         network = self.on_meta()
         if faults := self.faults(network):

@@ -46,8 +46,7 @@ class Student(nn.Module):
 def read_style(name_or_path: str, base: Base, folder: Path | None = None) -> Style:
     """The style of a file, or of that name in the bundle `folder` of `base`, or of prompts that `find_prompts` finds.
 
-    Raises:
-        StyleError: there is none; it is damaged, of another base, or its guidance is distilled already.
+    `StyleError` if there is none, or it is damaged, of another base, or its guidance is distilled already.
     """
     path = Path(name_or_path).expanduser()
     if not path.is_file():

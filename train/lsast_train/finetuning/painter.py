@@ -30,8 +30,7 @@ SOLVER = "dpmpp2m"
 class Painter:
     """Paints pictures in a style; strength, guidance and palette are those of `lsast.Options`.
 
-    Raises:
-        StyleError: prompts without the statistics of the artist's latents, which `palette` needs.
+    `StyleError` for prompts without the statistics of the artist's latents.
     """
 
     def __init__(

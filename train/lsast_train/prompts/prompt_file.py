@@ -64,8 +64,7 @@ class _Header:
 class Prompts:
     """The learned prompts of a style, bound to one base.
 
-    Raises:
-        StyleError: parts that do not fit together, or values that are not finite; all faults at once.
+    `StyleError` for parts that do not fit together, or values that are not finite; all faults at once.
     """
 
     name: str
@@ -138,14 +137,8 @@ def save_prompts(prompts: Prompts, path: Path) -> None:
 
 
 def find_prompts(name_or_path: str, bundle: Path | None = None) -> Path:
-    """The prompt file of a style.
-
-    It is a file; or ``runs/NAME/NAME.prompts.safetensors``, as `lsast-train` writes it; or a file of that name in the
-    folder ``prompts`` of `bundle`.
-
-    Raises:
-        StyleError: there is none of these.
-    """
+    """The prompt file of a style: a file; or ``runs/NAME/NAME.prompts.safetensors``, as `lsast-train` writes it; or a
+    file of that name in the folder ``prompts`` of `bundle`. `StyleError` if there is none of these."""
     given, name = Path(name_or_path).expanduser(), f"{name_or_path}.prompts.safetensors"
     paths = [given, Path("runs", name_or_path, name), *([] if bundle is None else [bundle / PROMPTS / name])]
     for path in paths:
@@ -158,14 +151,11 @@ def find_prompts(name_or_path: str, bundle: Path | None = None) -> Path:
 
 
 def check_fingerprint(found: str, what: str, base: str, fingerprint: str, facts: Mapping[str, str]) -> None:
-    """Refuse what was learned on another base.
+    """Raise `StyleError` for what was learned on another base.
 
     Args:
         found: fingerprint of the base that `what`, as the message calls it, was learned on.
         base, fingerprint, facts: of the base that it is for; the facts are from its manifest or its training.
-
-    Raises:
-        StyleError: another base.
     """
     if found not in (fingerprint, *facts.get(EXPORTED_FROM, "").split()):
         raise StyleError(

@@ -37,11 +37,7 @@ class PlaceholderEncoder:
         return self
 
     def token_embedding(self, token: int = A_TOKEN) -> torch.Tensor:
-        """The encoder's own embedding of a token, [dim] float32.
-
-        Raises:
-            UsageError: the vocabulary has no such token.
-        """
+        """The encoder's own embedding of a token, [dim] float32; `UsageError` if the vocabulary has none."""
         if not 0 <= token < self.bos:
             raise UsageError(
                 f"found a text encoder of {self.eos + 1} tokens; expected CLIP's vocabulary, which has a token {token}"
@@ -52,8 +48,7 @@ class PlaceholderEncoder:
     def contexts(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Embeddings [N, n, dim] of the placeholder to contexts [N, tokens, dim] float32; gradients flow through.
 
-        Raises:
-            UsageError: embeddings of another width, or more tokens than fit between BOS and EOS.
+        `UsageError` for embeddings of another width, or more tokens than fit between BOS and EOS.
         """
         (count, placeholders, dim), width = embeddings.shape, self._table.weight.shape[1]
         if dim != width or not 1 <= placeholders <= self.tokens - 2:

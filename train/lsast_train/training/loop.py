@@ -239,8 +239,7 @@ class TrainingLoop:
 def load_modules(tensors: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module], heading: str) -> None:
     """Load into each of `modules` its part of `tensors`, whose names begin with that of the module.
 
-    Raises:
-        TrainingError: `shape_faults` of all modules, below `heading`.
+    `TrainingError` with `heading` and the `shape_faults` of all.
     """
     states, faults = {}, []
     for name, module in modules.items():

@@ -103,10 +103,8 @@ class RunFiles:
     def reserved(
         self, size: int, multiple: int, resume: bool, overwrite: bool = True, writes: bool = True
     ) -> Iterator[None]:
-        """`require`, and refuse other runs while the block runs; of several processes only that which `writes` locks.
-
-        Raises the errors of `require`, a `TrainingError` if another run is at it, and an OSError.
-        """
+        """`require`, and refuse other runs with a `TrainingError` while the block runs; of several processes only that
+        which `writes` locks."""
         self.require(size, multiple, resume, overwrite)
         if not writes:
             yield
@@ -147,11 +145,8 @@ two are None at step 0."""
 
 
 class LossCurve:
-    """The evaluations of a run. Over-fitting is where the training curve falls and the held-out curve rises.
-
-    Args:
-        evaluations: the first one at step 0: the initial prompts.
-    """
+    """The evaluations of a run, from step 0 on, the initial prompts. It over-fits where the training curve falls and
+    the held-out curve rises."""
 
     def __init__(self, evaluations: list[Evaluation]) -> None:
         self.evaluations = evaluations
@@ -214,8 +209,7 @@ def versions() -> dict[str, str]:
 def find_device(name: str | None) -> torch.device:
     """The device that torch calls `name`; None and ``auto`` are a GPU of CUDA if one is there, or else the CPU.
 
-    Raises:
-        UsageError: it is not there.
+    `UsageError` if it is not there.
     """
     import torch
 
