@@ -24,12 +24,11 @@ from lsast_engines.bundle.style import Style
 from lsast_engines.errors import StyleError
 from lsast_export.cli.main import main as lsast_export
 from lsast_train import inversion
-from lsast_train.base.fingerprint import check_fingerprint
 from lsast_train.base.lazy_base import load_base
 from lsast_train.checkpoints.source import BaseSource
 from lsast_train.cli.main import command as lsast_train
 from lsast_train.options import PRESETS
-from lsast_train.prompts.prompt_file import load_prompts
+from lsast_train.prompts.prompt_file import check_fingerprint, load_prompts
 from lsast_train.prompts.released_generator import GegluGenerator
 
 PAGE = Path(__file__).parent.parent / "docs" / "sd15.md"

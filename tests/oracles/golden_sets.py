@@ -6,7 +6,7 @@ architecture, schedule and shape.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -98,36 +98,32 @@ both_sets = pytest.mark.parametrize(
 """Runs a test on our own recording, and on that of the released code where it is there."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a recorded set is like."""
+def record(
+    model_channels: int = 32,
+    channel_mult: tuple[int, ...] = (1, 2),
+    num_res_blocks: int = 1,
+    attending: tuple[int, ...] = (0,),
+    num_heads: int = 4,
+    context_dim: int = 24,
+    tokens: int = 5,
+    size: tuple[int, int] = (8, 4),
+    batch: int = 1,
+    steps: int = 20,
+    strength: float = 0.3,
+    guidance: float = 7.5,
+    seed: int = 0,
+) -> Recording:
+    """A run of random weights, halves of about unit gain, and random inputs.
 
-    model_channels: int = 32
-    channel_mult: tuple[int, ...] = (1, 2)
-    num_res_blocks: int = 1
-    attending: tuple[int, ...] = (0,)
-    """Levels with attention, beside the middle."""
-    num_heads: int = 4
-    context_dim: int = 24
-    tokens: int = 5
-    size: tuple[int, int] = (8, 4)
-    """Of the latent, in cells."""
-    batch: int = 1
-    steps: int = 20
-    strength: float = 0.3
-    guidance: float = 7.5
-    seed: int = 0
-
-
-def random_weights(recipe: Recipe) -> tuple[State, State]:
-    """A U-Net and a ControlNet in CompVis naming, halves, of about unit gain."""
-    attends = [level in recipe.attending for level in range(len(recipe.channel_mult))]
+    `attending` are the levels with attention, beside the middle; `size` is that of the latent.
+    """
+    attends = [level in attending for level in range(len(channel_mult))]
     shared: dict[str, Any] = {
-        "block_out_channels": tuple(recipe.model_channels * mult for mult in recipe.channel_mult),
+        "block_out_channels": tuple(model_channels * mult for mult in channel_mult),
         "down_block_types": tuple("CrossAttnDownBlock2D" if there else "DownBlock2D" for there in attends),
-        "layers_per_block": recipe.num_res_blocks,
-        "cross_attention_dim": recipe.context_dim,
-        "attention_head_dim": recipe.num_heads,
+        "layers_per_block": num_res_blocks,
+        "cross_attention_dim": context_dim,
+        "attention_head_dim": num_heads,
     }
     ups = tuple("CrossAttnUpBlock2D" if there else "UpBlock2D" for there in attends[::-1])
     # Stable Diffusion's hint encoder has 16, 32, 96 and 256 channels.
@@ -135,7 +131,7 @@ def random_weights(recipe: Recipe) -> tuple[State, State]:
         UNet2DConditionModel(**shared, up_block_types=ups),
         ControlNetModel(**shared, conditioning_embedding_out_channels=(4, 8, 12, 16)),
     )
-    generator = torch.Generator().manual_seed(recipe.seed)
+    generator = torch.Generator().manual_seed(seed)
     states = []
     for network, prefix in zip(networks, (UNET, CONTROL), strict=True):
         for name, weight in network.named_parameters():
@@ -144,30 +140,16 @@ def random_weights(recipe: Recipe) -> tuple[State, State]:
             weight.data += float(weight.ndim == 1 and name.endswith("weight"))  # norms
         named = compvis_network(network)
         states.append({prefix + key: value.half().contiguous() for key, value in named.items()})
-    return states[0], states[1]
-
-
-def random_inputs(recipe: Recipe) -> State:
-    """``z0``, ``noise``, ``hint``, ``contexts`` [30, T, dim] and ``unconditional`` of a run."""
-    generator = torch.Generator().manual_seed(100 + recipe.seed)
-    latent = (recipe.batch, 4, *recipe.size)
-    pixels = (recipe.batch, 3, *(8 * side for side in recipe.size))
-    return {
-        "z0": torch.randn(latent, generator=generator),
-        "noise": torch.randn(latent, generator=generator),
-        "hint": (torch.rand(pixels, generator=generator) < 0.1).float(),
-        "contexts": torch.randn(30, recipe.tokens, recipe.context_dim, generator=generator),
-        "unconditional": torch.randn(recipe.tokens, recipe.context_dim, generator=generator),
+    generator = torch.Generator().manual_seed(100 + seed)
+    inputs = {
+        "z0": torch.randn(batch, 4, *size, generator=generator),
+        "noise": torch.randn(batch, 4, *size, generator=generator),
+        "hint": (torch.rand(batch, 3, 8 * size[0], 8 * size[1], generator=generator) < 0.1).float(),
+        "contexts": torch.randn(30, tokens, context_dim, generator=generator),
+        "unconditional": torch.randn(tokens, context_dim, generator=generator),
     }
-
-
-def record(**recipe: Any) -> Recording:
-    """A run of random weights and inputs; `recipe` are fields of `Recipe`."""
-    chosen = replace(Recipe(), **recipe)
-    unet, control = random_weights(chosen)
-    inputs = random_inputs(chosen)
-    call = (chosen.num_heads, chosen.steps, chosen.strength, chosen.guidance)
-    return Recording(unet, control, inputs | sample(inputs, unet, control, *call), *call)
+    call = (num_heads, steps, strength, guidance)
+    return Recording(*states, inputs | sample(inputs, *states, *call), *call)
 
 
 # What the released training pickles: the parts and names of its generator (docs/method.md §1.3, §3).

@@ -75,7 +75,6 @@ def pictures_by(artist: str, folder: Path) -> list[Path]:
 
 
 def _listed(folder: Path) -> Mapping[str, str]:
-    """Artists by file, of the CSV files in `folder`."""
     found: dict[str, str] = {}
     for file in sorted(file for file in folder.glob("*.csv") if file.is_file()):
         try:

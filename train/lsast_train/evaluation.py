@@ -25,11 +25,11 @@ def noise_error(
     """Mean squared error of the predicted noise for each row, [B] float32: the loss of docs/method.md §3.
 
     Args:
-        base: the frozen base; its ControlNet is left out, as in the released training.
+        base: its ControlNet is left out, as in the released training.
         latents, noise: clean latents and their noise, [B, 4, h, w].
-        timestep: [B]; `space` gives its contexts.
+        timestep: [B].
         mixed_precision: of the U-Net; prompts are always computed in float32.
-        dropout: random numbers for the generator's dropout in training; None leaves dropout out.
+        dropout: as of `PromptSpace.embeddings`.
     """
     noisy = base.add_noise(latents, noise, timestep)
     contexts = space.contexts_by_group(timestep, dropout)
@@ -39,11 +39,7 @@ def noise_error(
 
 
 class ValidationSet:
-    """Fixed latents, timesteps and noise: every latent is measured once in every stage, at a timestep of its own.
-
-    Args:
-        latents: [N, 4, h, w].
-    """
+    """Fixed latents [N, 4, h, w] and noise: each latent is measured once in every stage, at a timestep of its own."""
 
     def __init__(self, base: Base, latents: torch.Tensor, seed: int, mixed_precision: MixedPrecision) -> None:
         self._base, self.latents, self._seed, self._mixed_precision = base, latents, seed, mixed_precision

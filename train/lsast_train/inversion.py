@@ -56,13 +56,13 @@ class Inversion:
     Args:
         base: moved to the device, without its ControlNet; its weights are never changed.
         paintings: the artist's, loaded with the options' size and crop.
+        name, folder: of the style, and of the files of the run.
         licence: of the paintings; kept in the prompt file.
         resume: go on from the checkpoint that a stopped run left in `folder`.
         device: in torch's words; None is what accelerate chooses.
 
     Raises:
-        UsageError: a device that is not there; a name that is no file name, or a size that the base cannot take (all
-            faults at once); prompts that the base has no text encoder for.
+        UsageError: as `RunFiles.require`; a device that is not there; prompts that the base has no text encoder for.
         TrainingError: a checkpoint that is missing, in the way, damaged, or of another run.
     """
 
@@ -177,21 +177,19 @@ class Inversion:
 
     def _evaluate(self, mean_loss: float | None) -> None:
         """Measure all stages, shared out among the processes, and keep the prompts if they are the best so far."""
-        state, step = self.accelerator, self.loop.step
+        state = self.accelerator
         mine = range(state.process_index, self.space.stages, state.num_processes)
         losses = torch.stack([part.losses(self.space, mine) for part in (self.held_out, self.training)])
         if state.num_processes > 1:
             losses = state.reduce(losses.float().to(state.device), "sum").cpu().double()
         held_out, training = losses.tolist()
-        lr = self.options.learning_rate(step - 1) if step else None
-        row = {"step": step, "held_out": held_out, "training": training, "loss": mean_loss, "learning_rate": lr}
-        self.loop.history.append(row)
+        row = self.loop.record(held_out, training, mean_loss)
         if self.curve.best() is row:
             self.best.load_state_dict(self.space.state_dict())
-        if step and state.is_main_process:
+        if self.loop.step and state.is_main_process:
             log.info(
                 "step %d: held-out loss: %.4f x that of the initial prompts, training: %.4f x",
-                *(step, self.curve.relative(row), self.curve.relative(row, "training")),
+                *(self.loop.step, self.curve.relative(row), self.curve.relative(row, "training")),
             )
             self.curve.save(self.files.curve, {"name": self.files.name, "options": asdict(self.options)})
 
@@ -212,12 +210,9 @@ class Inversion:
         """Crops of the training paintings: no more than half of what the steps draw."""
         options, paintings = self.options, self.paintings.training
         drawn = options.steps * options.batch
-        crops = min(options.views, max(1, drawn // (2 * len(paintings))))
-        generator = rng_for(options.seed, RngStream.TRAINING_CROPS)
-        progress = self.accelerator.is_main_process
-        return CachedLatents.encode(
-            self.base, paintings, options.size, crops * len(paintings), generator, progress=progress
-        )
+        count = len(paintings) * min(options.views, max(1, drawn // (2 * len(paintings))))
+        generator, progress = rng_for(options.seed, RngStream.TRAINING_CROPS), self.accelerator.is_main_process
+        return CachedLatents.encode(self.base, paintings, options.size, count, generator, progress=progress)
 
     def _prompt_space(self) -> PromptSpace:
         generator = rng_for(self.options.seed, RngStream.INITIAL_CONTEXT)
@@ -255,8 +250,10 @@ class Inversion:
 
 def make_optimizer(space: PromptSpace, options: TrainOptions) -> torch.optim.AdamW:
     """AdamW over everything that `space` learns; a group's learning rate is ``relative`` times the options'."""
-    groups: list[dict[str, Any]] = [{"params": space.prompt_parameters(), "relative": 1.0}]
-    if weights := list(space.attention_weights().values()):
-        groups.append({"params": weights, "relative": options.map_lr})
+    weights = space.attention_weights()
+    others = [parameter for name, parameter in space.named_parameters() if name not in weights]
+    groups: list[dict[str, Any]] = [{"params": others, "relative": 1.0}]
+    if weights:
+        groups.append({"params": list(weights.values()), "relative": options.map_lr})
     one_kernel = fused(space.table.device)
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.999), weight_decay=options.weight_decay, **one_kernel)

@@ -51,8 +51,7 @@ PLACEHOLDER_TOKENS = 10
 class RunOptions:
     """Options of a training run. The learning rate falls to zero by half a cosine.
 
-    Raises:
-        UsageError: invalid values, all of them at once.
+    `UsageError` for invalid values, all of them at once.
     """
 
     def __post_init__(self) -> None:

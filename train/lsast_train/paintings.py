@@ -60,7 +60,7 @@ class PaintingDataset:
     training: tuple[Painting, ...]
     held_out: tuple[Painting, ...]
     digest: str
-    """SHA-256 of the split and of all pixels, by which a resumed run knows that the paintings are the same."""
+    """SHA-256 of the split and of all pixels, by which a resumed run knows its paintings."""
 
     @classmethod
     def load(
@@ -76,7 +76,6 @@ class PaintingDataset:
 
         Args:
             size: side of a training picture in pixels.
-            crop: how a training picture is cut from a painting.
             painted: native side of the base in pixels; paintings are held at that scale, so that a smaller training
                 picture is a part of one and no miniature of it.
             paths: only these, all under `folder`.
@@ -226,9 +225,7 @@ def _fit(pixels: npt.NDArray[np.uint8], size: int, crop: Crop) -> npt.NDArray[np
 def latent_statistics(base: Base, paintings: Sequence[Painting], most: int = 24) -> LatentStatistics:
     """The artist's palette: mean over paintings of each latent channel's mean and standard deviation in a painting.
 
-    Args:
-        base: encodes, at most a square in the middle of the size that it paints at.
-        most: so many of them, evenly drawn.
+    Of at most so many of them, evenly drawn, a square in the middle is encoded.
     """
     moments = []
     for painting in paintings[:: max(1, len(paintings) // most)][:most]:

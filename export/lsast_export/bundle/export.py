@@ -27,10 +27,9 @@ from lsast_engines.environment import package_version
 from lsast_engines.errors import ExportError, LsastError, fault_list
 from lsast_engines.files import scratch_folder
 from lsast_train.base.base import Base
-from lsast_train.base.fingerprint import EXPORTED_FROM, check_fingerprint
 from lsast_train.base.lazy_base import LazyBase, open_base, save_base
 from lsast_train.prompts.matrix_index import STAGES
-from lsast_train.prompts.prompt_file import Prompts, load_prompts, save_prompts
+from lsast_train.prompts.prompt_file import EXPORTED_FROM, Prompts, check_fingerprint, load_prompts, save_prompts
 
 from ..graphs.external_weights import save_graph
 from ..graphs.gpu_graph import write_gpu_graph

@@ -27,9 +27,8 @@ from lsast_engines.bundle.style import (
 )
 from lsast_engines.errors import StyleError, UsageError, fault_list
 from lsast_engines.files import require_writable
-from lsast_train.base.fingerprint import check_fingerprint
 from lsast_train.base.projection import GROUPS, project_kv
-from lsast_train.prompts.prompt_file import Prompts, find_prompts, load_prompts
+from lsast_train.prompts.prompt_file import Prompts, check_fingerprint, find_prompts, load_prompts
 
 if TYPE_CHECKING:
     from lsast_train.base.base import Base

@@ -24,24 +24,24 @@ def _errors(err: str) -> list[str]:
     return lines[start:]
 
 
+RED = ["--style", "red", "--images", "."]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (
-            ["--style", "red", "--images", ".", "--prompt", "context", "--placeholder-tokens", "2"],
-            "found 2 with prompt",
-        ),
+        ([*RED, "--prompt", "context", "--placeholder-tokens", "2"], "found 2 with prompt"),
         ([], "--style NAME and no --images DIR"),
         (["--style", "red"], "no --images DIR"),
-        (["--style", "red", "--images", ".", "--preset", "slow"], "'slow' is not one of"),
-        (["--style", "red", "--images", ".", "--steps", "many"], "not a valid integer"),
-        (["--style", "red", "--images", ".", "--no-such-option"], "No such option"),
-        (["--style", "red", "--images", ".", "--steps", "0", "--lr", "-1"], "steps: found 0"),
-        (["--style", "red", "--images", ".", "--variant", "step", "--layout", "overlap"], "overlap with variant"),
-        (["distill", "--style", "red", "--images", "."], "Missing option '--guidance'"),
+        ([*RED, "--preset", "slow"], "'slow' is not one of"),
+        ([*RED, "--steps", "many"], "not a valid integer"),
+        ([*RED, "--no-such-option"], "No such option"),
+        ([*RED, "--steps", "0", "--lr", "-1"], "steps: found 0"),
+        ([*RED, "--variant", "step", "--layout", "overlap"], "overlap with variant"),
+        (["distill", *RED], "Missing option '--guidance'"),
         (["monet"], "found command 'monet'"),
         (["--style", "rotü", "--images", ".", "--base", "nowhere"], "name: found 'rotü'"),
-        (["--style", "red", "--images", ".", "--base", "nowhere", "--out", __file__], "expected a folder that can"),
+        ([*RED, "--base", "nowhere", "--out", __file__], "expected a folder that can"),
     ],
 )
 def test_train_command_with_wrong_usage_exits_with_2(command, arguments, expected):
@@ -114,6 +114,6 @@ def test_train_command_refuses_a_folder_that_another_run_trains_in_or_has_just_f
 
 def test_training_without_the_extra_names_it(command, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    code, out, err = command("--style", "red", "--images", ".")
+    code, out, err = command(*RED)
     assert (code, out) == (1, "")
     assert err == "Error: torch is not installed; install it with: pip install 'lsast[train]'\n"

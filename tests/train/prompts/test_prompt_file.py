@@ -80,25 +80,22 @@ def test_load_prompts_of_another_base_raises(file, base):
 
 
 def test_load_prompts_of_another_file_raises(file, tmp_path):
-    with pytest.raises(StyleError, match="learn one with: lsast-train"):
-        load_prompts(tmp_path / "nowhere")
+    raw = file.read_bytes()
+    (tmp_path / "half").write_bytes(raw[:-1])
+    (tmp_path / "changed").write_bytes(raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
     save_file({"prompts": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(StyleError, match="holds no prompts"):
-        load_prompts(tmp_path / "other")
-    (tmp_path / "half").write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(StyleError, match="cannot be read"):
-        load_prompts(tmp_path / "half")
     save_file({"prompts": torch.zeros(1)}, tmp_path / "nested", {"lsast": "[" * 100_000})
-    with pytest.raises(StyleError, match="cannot be read"):
-        load_prompts(tmp_path / "nested")
-    raw = bytearray(file.read_bytes())
-    raw[-3] ^= 1
-    (tmp_path / "changed").write_bytes(raw)
-    with pytest.raises(StyleError, match="SHA-256 differs"):
-        load_prompts(tmp_path / "changed")
     _rewrite(file, lambda header: header.update(format=1))
-    with pytest.raises(StyleError, match="has format 1; this version reads format 2"):
-        load_prompts(file)
+    for name, message in (
+        ("nowhere", "learn one with: lsast-train"),
+        ("half", "cannot be read"),
+        ("changed", "SHA-256 differs"),
+        ("other", "holds no prompts"),
+        ("nested", "cannot be read"),
+        (file.name, "has format 1; this version reads format 2"),
+    ):
+        with pytest.raises(StyleError, match=message):
+            load_prompts(tmp_path / name)
 
 
 def test_load_prompts_with_an_invalid_header_reports_all_faults(file):

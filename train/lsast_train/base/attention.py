@@ -1,9 +1,8 @@
 """Cross-attention whose context is chosen by layer group.
 
-diffusers gives one context to every block of a U-Net. LSAST needs three: one for the encoder (`down`), one for the
-middle (`mid`) and one for the decoder (`up`) (docs/method.md §1.4). They reach the attention processors through
-diffusers' ``cross_attention_kwargs`` (`layer_contexts`), as do keys and values that were projected beforehand
-(`packed_kv`).
+diffusers gives one context to every block of a U-Net. LSAST needs three: for the encoder (`down`), the middle (`mid`)
+and the decoder (`up`) (docs/method.md §1.4). They reach the attention processors through diffusers'
+``cross_attention_kwargs`` (`layer_contexts`), as do keys and values that were projected beforehand (`packed_kv`).
 """
 
 from collections.abc import Sequence
@@ -29,14 +28,13 @@ _GROUP_OF: dict[str, Group] = {"down_blocks": "down", "mid_block": "mid", "up_bl
 def cross_attention_layers(network: nn.Module) -> list[AttentionLayer]:
     """All cross-attention layers of a diffusers U-Net or ControlNet: down, mid, up, each in module order.
 
-    Blocks built with ``only_cross_attention`` attend to the context in ``attn1`` too, so the module is asked, not its
-    name. Their packed keys and values lie one after the other, without gaps.
+    Their packed keys and values lie one after the other, without gaps.
     """
     kind: Network = "control" if isinstance(network, ControlNetModel) else "unet"
     found = [
         (_GROUP_OF[name.partition(".")[0]], name, int(module.to_k.out_features))
         for name, module in network.named_modules()
-        if isinstance(module, Attention) and module.is_cross_attention
+        if isinstance(module, Attention) and module.is_cross_attention  # with ``only_cross_attention`` also an attn1
     ]
     layers: list[AttentionLayer] = []
     offset = 0
@@ -46,12 +44,9 @@ def cross_attention_layers(network: nn.Module) -> list[AttentionLayer]:
     return layers
 
 
-class LayerwiseProcessor:
-    """Attention processor: self-attention as usual, cross-attention over its group's context or over packed K and V.
-
-    Args:
-        layer: the cross-attention it is set on; None for a self-attention.
-    """
+class _LayerwiseProcessor:
+    """Attention processor: cross-attention of `layer` over its group's context or over packed K and V; self-attention
+    without a layer."""
 
     def __init__(self, layer: AttentionLayer | None) -> None:
         self.layer = layer
@@ -60,30 +55,36 @@ class LayerwiseProcessor:
         self,
         attn: Attention,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
         contexts: Sequence[torch.Tensor] | None = None,
         kv: torch.Tensor | None = None,
         **_: Any,
     ) -> torch.Tensor:
         """Run `attn` on `hidden_states` [B, N, C]; `contexts` and `kv` are those of `layer_contexts`, `packed_kv`."""
         if self.layer is not None and kv is not None:
-            start, width = self.layer.offset, self.layer.width
-            return sdpa(
-                attn, hidden_states, kv[:, :, start : start + width], kv[:, :, start + width : start + 2 * width]
-            )
-        source = hidden_states
-        if self.layer is not None:
-            assert contexts is not None, "a network of a `Base` is called with cross_attention_kwargs"
-            source = contexts[GROUPS.index(self.layer.group)]
-        return sdpa(attn, hidden_states, attn.to_k(source), attn.to_v(source))
+            middle, end = self.layer.offset + self.layer.width, self.layer.offset + 2 * self.layer.width
+            key, value = kv[:, :, self.layer.offset : middle], kv[:, :, middle:end]
+        else:
+            source = hidden_states
+            if self.layer is not None:
+                assert contexts is not None, "a network of a `Base` is called with cross_attention_kwargs"
+                source = contexts[GROUPS.index(self.layer.group)]
+            key, value = attn.to_k(source), attn.to_v(source)
+        query = attn.to_q(hidden_states)
+        (batch, _, width), heads = query.shape, attn.heads
+        # [B, N, W] → [B, heads, N, W/heads]
+        query, key, value = (x.view(batch, -1, heads, width // heads).transpose(1, 2) for x in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
+        mixed = mixed.transpose(1, 2).reshape(batch, -1, width)
+        out: torch.Tensor = attn.to_out[1](attn.to_out[0](mixed))
+        return out
 
 
 def set_layerwise_processors(network: nn.Module) -> None:
-    """Give every attention of a diffusers U-Net or ControlNet a `LayerwiseProcessor`."""
+    """Let every attention of a diffusers U-Net or ControlNet take the contexts or packed K and V of its layer group."""
     cross = {layer.name: layer for layer in cross_attention_layers(network)}
     for name, module in network.named_modules():
         if isinstance(module, Attention):
-            module.set_processor(LayerwiseProcessor(cross.get(name)))
+            module.set_processor(_LayerwiseProcessor(cross.get(name)))
 
 
 def layer_contexts(contexts: Contexts) -> dict[str, Any]:
@@ -96,25 +97,10 @@ def packed_kv(kv: torch.Tensor) -> dict[str, Any]:
     return {"kv": kv}
 
 
-def sdpa(attn: Attention, hidden: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Scaled dot-product attention of `hidden` [B, N, C] over projected `key`, `value` [B, T, W] → [B, N, C]."""
-    query = attn.to_q(hidden)
-    batch, _, width = query.shape
-    heads = attn.heads
-    # [B, N, W] → [B, heads, N, W/heads]
-    query, key, value = (x.view(batch, -1, heads, width // heads).transpose(1, 2) for x in (query, key, value))
-    mixed = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
-    mixed = mixed.transpose(1, 2).reshape(batch, -1, width)
-    out: torch.Tensor = attn.to_out[1](attn.to_out[0](mixed))
-    return out
-
-
 def project_contexts(network: nn.Module, contexts: torch.Tensor) -> torch.Tensor:
     """Packed keys and values [N, T, width] of `contexts`, as of `project_kv`, in a U-Net or ControlNet."""
 
     def weight(layer: AttentionLayer, matrix: str) -> torch.Tensor:
-        linear: Any = network.get_submodule(f"{layer.name}.{matrix}")
-        found: torch.Tensor = linear.weight
-        return found
+        return network.get_parameter(f"{layer.name}.{matrix}.weight")
 
     return project_kv(cross_attention_layers(network), contexts, weight)

@@ -14,9 +14,6 @@ from ..options import MixedPrecision
 from .attention import Contexts, layer_contexts, set_layerwise_processors
 from .mini_networks import MiniAutoencoder, StyleEncoder
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Element types of mixed precision."""
-
 
 @dataclass(frozen=True)
 class BaseConfig:
@@ -44,8 +41,8 @@ class BaseConfig:
 class Base:
     """A base in memory: its networks are frozen and in evaluation mode.
 
-    Their attentions take contexts by layer group, so the networks are called with ``cross_attention_kwargs``
-    (`lsast_train.base.attention`) and without ``encoder_hidden_states``.
+    They are called with the ``cross_attention_kwargs`` of `lsast_train.base.attention` and without
+    ``encoder_hidden_states``.
     """
 
     config: BaseConfig
@@ -92,7 +89,7 @@ class Base:
 
         Args:
             gradient_checkpointing: the U-Net computes its activations again in the backward pass.
-            controlnet: whether ControlNet is moved, too; what does not use it saves its memory there.
+            controlnet: whether ControlNet is moved, too.
         """
         for network in (*self.networks().values(), self.text_encoder):
             if network is not None and (controlnet or network is not self.controlnet):
@@ -106,10 +103,7 @@ class Base:
         """Store the weights of the U-Net's convolutions and linear layers in the type of autocast: half the memory.
 
         With mixed precision they are rounded at every call otherwise, so the results are the same; the norms keep
-        float32. The base then runs in this precision only. Without mixed precision nothing changes.
-
-        Args:
-            device: where the base will run; None is where it lies.
+        float32. On `device`, or where it lies, the base then runs in this precision only.
         """
         if dtype := autocast_dtype(device or self.device, mixed_precision):
             for module in self.unet.modules():
@@ -127,12 +121,11 @@ class Base:
         """Predicted noise [B, 4, h, w].
 
         Args:
-            latent: noised latents [B, 4, h, w].
+            latent: noised, [B, 4, h, w].
             timestep: [B] in 0..train_steps-1.
-            contexts: [B, 3, tokens, dim], a context for each layer group, or three of [B, tokens, dim]; or `packed_kv`.
-            edges: [B, 3, 8h, 8w] of 0 and 1; None leaves ControlNet out, as the released training does
-                (docs/method.md §3).
-            residuals: of the ControlNet, as `control` gives them, where its contexts differ; in place of `edges`.
+            contexts: `Contexts`, or `packed_kv`.
+            edges: [B, 3, 8h, 8w] of 0 and 1 for ControlNet; None leaves it out.
+            residuals: of the ControlNet, as `control` gives them, in place of `edges`.
         """
         if residuals is None:
             residuals = {} if edges is None else self.control(latent, timestep, contexts, edges)
@@ -195,4 +188,4 @@ def autocast_dtype(device: torch.device, mixed_precision: MixedPrecision) -> tor
     if mixed_precision == "auto":
         multiplies = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         mixed_precision = "bf16" if multiplies else "no"
-    return AUTOCAST.get(mixed_precision)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)

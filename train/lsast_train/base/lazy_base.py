@@ -31,11 +31,8 @@ FORMAT = 1
 """Format number of ``base.json``."""
 
 _CLASSES: dict[str, Any] = {
-    "UNet2DConditionModel": UNet2DConditionModel,
-    "ControlNetModel": ControlNetModel,
-    "StyleEncoder": StyleEncoder,
-    "AutoencoderKL": AutoencoderKL,
-    "MiniAutoencoder": MiniAutoencoder,
+    kind.__name__: kind
+    for kind in (UNet2DConditionModel, ControlNetModel, StyleEncoder, AutoencoderKL, MiniAutoencoder)
 }
 
 
@@ -58,9 +55,8 @@ class LazyBase:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What styles are bound to: the SHA-256 of ``base.safetensors``; of an imported base that of all tensors, the
-        text encoder's among them (`tensors_sha256`), for which every file is read once.
-        """
+        """What styles are bound to: the SHA-256 of ``base.safetensors``; of an imported base `tensors_sha256` of all
+        networks, for which every file is read once."""
         return self.stored_fingerprint or tensors_sha256(
             {name: lambda opened=opened: opened().named() for name, opened in self.networks.items()}  # type: ignore[misc]
         )
@@ -79,7 +75,7 @@ class LazyBase:
         return context
 
     def load(self, name: str, dtype: torch.dtype = torch.float32) -> Any:
-        """The network `name`, frozen, in evaluation mode: a new one each time, nothing is kept here."""
+        """The network `name`, frozen: a new one each time, nothing is kept here."""
         return self.networks[name]().build(dtype)
 
     def base(self, dtype: torch.dtype = torch.float32) -> Base:
@@ -111,17 +107,16 @@ def load_base(source: str | Path | BaseSource | None = None, dtype: torch.dtype 
 
     Raises:
         BundleError: no such base.
-        TrainingError: another format, weights that do not fit or changed, or no Stable Diffusion 1.5 (all faults at
-            once).
+        TrainingError: another format, weights that do not fit or changed, or no Stable Diffusion 1.5; all at once.
         UsageError: options that are invalid for this base.
     """
     return open_base(source).base(dtype)
 
 
 def save_base(base: Base | LazyBase, folder: Path, dtype: torch.dtype = torch.float32) -> str:
-    """Write ``folder/base.json`` and ``folder/base.safetensors``; returns the fingerprint of what was written.
+    """Write ``folder/base.json`` and ``folder/base.safetensors``, floating tensors in `dtype`; returns the fingerprint.
 
-    Floating tensors are stored in `dtype`. They are written one after the other: of a `LazyBase` no network is built.
+    Tensors are written one after the other: of a `LazyBase` no network is built.
     """
     networks: dict[str, OpenTensors] = {"": lambda: {"null_context": base.null_context}}
     configs = {}
@@ -143,17 +138,14 @@ def save_base(base: Base | LazyBase, folder: Path, dtype: torch.dtype = torch.fl
 def resolve_local_base(source: BaseSource) -> Path | None:
     """The folder of a base that lsast wrote, if `source` names one; None if it is one to import.
 
-    Raises:
-        BundleError: neither.
-        UsageError: options of an import for a base that lsast wrote.
+    `BundleError` if it is neither, `UsageError` for options of an import where there is none.
     """
     given = None if source.base is None else Path(source.base).expanduser()
-    written = given is not None and any((given / name).is_file() for name in ("base.json", MANIFEST))
-    if source.base is not None and is_importable(source.base) and not written:
+    # A base just trained has no manifest yet.
+    trained, bundle = (given is not None and (given / name).is_file() for name in ("base.json", MANIFEST))
+    if source.base is not None and not (trained or bundle) and is_importable(source.base):
         return None
     try:
-        # A base just trained has no manifest yet.
-        trained = given is not None and (given / "base.json").is_file()
         folder = given if given is not None and trained else find_bundle(source.base)
     except BundleError as error:
         raise BundleError(
@@ -171,8 +163,7 @@ def resolve_local_base(source: BaseSource) -> Path | None:
 
 
 def _description(network: Any) -> dict[str, Any]:
-    config = {key: value for key, value in network.config.items() if not key.startswith("_")}
-    return {"class": type(network).__name__, **config}
+    return {"class": type(network).__name__, **{k: v for k, v in network.config.items() if not k.startswith("_")}}
 
 
 def _open_imported(found: BaseInspection) -> LazyBase:

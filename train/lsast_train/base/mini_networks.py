@@ -43,11 +43,7 @@ class ResidualBlock(nn.Module):
 class MiniAutoencoder(ModelMixin, ConfigMixin):
     """Deterministic autoencoder between images [B, 3, H, W] in [-1, 1] and latents [B, 4, H/8, W/8].
 
-    Args:
-        encoder_widths: channels at 1/2, 1/4 and 1/8 of the size.
-        decoder_widths: channels at 1/8, 1/4 and 1/2 of the size.
-        encoder_blocks: residual blocks at each of the encoder's sizes.
-        decoder_blocks: residual blocks at each of the decoder's sizes.
+    Widths are channels, blocks are residual blocks at 1/2, 1/4 and 1/8 of the size; in the decoder the other way round.
     """
 
     @register_to_config

@@ -6,7 +6,7 @@ It is a local folder, or a repository of the Hugging Face hub at a pinned revisi
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,13 +22,17 @@ from .weights import read_tensors
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 """What diffusers calls the weights of a network."""
 
+_NETWORKS: dict[Part, tuple[str, Kind | Literal["CLIPTextModel"], tuple[str, str]]] = {
+    "unet": ("unet", "UNet2DConditionModel", FILES),
+    "autoencoder": ("vae", "AutoencoderKL", FILES),
+    "text_encoder": ("text_encoder", "CLIPTextModel", ("model.safetensors", "pytorch_model.bin")),
+    "controlnet": ("controlnet", "ControlNetModel", FILES),
+}
+"""Folder of each network, its class in diffusers or transformers, and files of its weights."""
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BRANCHES = ("main", "master", "HEAD")
-_NON_EMA = ".non_ema"
-_TEXT_SETTINGS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("max_position_embeddings", "hidden_act", "layer_norm_eps"),
-)
+_MARKS, _NON_EMA = ("", ".fp16"), ".non_ema"
 _log = logging.getLogger("lsast.base")
 
 
@@ -44,11 +48,7 @@ class Repository:
         """The model's name in messages and in `BaseInspection.origin`; no path of this machine."""
 
     def first(self, *paths: str) -> Path | None:
-        """The local file of the first of `paths` that is there; None if none is.
-
-        Raises:
-            TrainingError: whether they are there cannot be found out.
-        """
+        """The local file of the first of `paths` that is there; `TrainingError` if that cannot be found out."""
         return next((self.path / path for path in paths if (self.path / path).is_file()), None)
 
 
@@ -94,11 +94,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def open_hub(name: str, revision: str | None) -> HubRepository:
-    """The repository OWNER/NAME or OWNER/NAME@REVISION; `revision` is for names without one of their own.
-
-    Raises:
-        UsageError: no revision, or a branch.
-    """
+    """The repository OWNER/NAME or OWNER/NAME@REVISION; `UsageError` without a revision, or for a branch."""
     owner, _, own = name.partition("@")
     pinned = own or revision
     if pinned is None or pinned in _BRANCHES:
@@ -110,16 +106,11 @@ def open_hub(name: str, revision: str | None) -> HubRepository:
     return HubRepository(owner, pinned)
 
 
-def weight_files(*names: str, marks: Iterable[str] = ("", ".fp16")) -> list[str]:
-    """The names under which diffusers and transformers store the weights of a network, most wanted first.
-
-    Args:
-        names: names of one file, e.g. ``model.safetensors``.
-        marks: variants, e.g. ``.fp16`` for ``model.fp16.safetensors``. A name that ends in ``.json`` is an index of
-            shards.
-    """
+def _weight_files(part: Part, marks: Sequence[str]) -> list[str]:
+    """Names that a network's weights may have, most wanted first; those in ``.json`` are indices of shards. `marks` are
+    of variants, e.g. ``.fp16`` for ``model.fp16.safetensors``."""
     found: list[str] = []
-    for stem, _, ending in (name.rpartition(".") for name in names):
+    for stem, _, ending in (name.rpartition(".") for name in _NETWORKS[part][2]):
         for mark in marks:
             indices = {f"{stem}{mark}.{ending}.index.json": None, f"{stem}.{ending}.index{mark}.json": None}
             found += [f"{stem}{mark}.{ending}", *indices]
@@ -129,26 +120,21 @@ def weight_files(*names: str, marks: Iterable[str] = ("", ".fp16")) -> list[str]
 def read_folder(repository: Repository, wanted: UnetWeights, own: Sequence[Part], found: BaseInspection) -> None:
     """Add the parts of the base in `repository` to `found`: those named in `own`."""
     found.origin["source"] = repository.name
-    names = weight_files(*FILES)
-    files, found.origin["unet_weights"] = names, "the folder's own"
-    if wanted != "auto":
-        others = weight_files(*FILES, marks=[_NON_EMA])
-        found.origin["unet_weights"] = wanted
-        files = others if wanted == "non-ema" else names
-        if repository.first(*(f"unet/{name}" for name in others)) is None:
-            found.fail(
-                "unet",
-                f"found no {others[0]}, without which a folder does not tell EMA from other weights; "
-                f"expected it for --unet-weights {wanted}: take --unet-weights auto",
-            )
-    if "unet" not in found.failed:
-        add_from(repository, "unet", "unet", "UNet2DConditionModel", files, found)
+    found.origin["unet_weights"] = "the folder's own" if wanted == "auto" else wanted
+    non_ema = _weight_files("unet", [_NON_EMA])
+    if wanted != "auto" and repository.first(*(f"unet/{name}" for name in non_ema)) is None:
+        found.fail(
+            "unet",
+            f"found no {non_ema[0]}, without which a folder does not tell EMA from other weights; "
+            f"expected it for --unet-weights {wanted}: take --unet-weights auto",
+        )
+    else:
+        add_from(repository, "unet", found, marks=[_NON_EMA] if wanted == "non-ema" else _MARKS)
     if "autoencoder" in own:
-        add_from(repository, "vae", "autoencoder", "AutoencoderKL", names, found)
-    texts = weight_files("model.safetensors", "pytorch_model.bin")
-    add_from(repository, "text_encoder", "text_encoder", "CLIPTextModel", texts, found)
+        add_from(repository, "autoencoder", found)
+    add_from(repository, "text_encoder", found)
     if "controlnet" in own and repository.first("controlnet/config.json") is not None:
-        add_from(repository, "controlnet", "controlnet", "ControlNetModel", names, found)
+        add_from(repository, "controlnet", found)
     if "unet" in found.configs:
         heads = found.configs["unet"]["attention_head_dim"]
         found.heads = heads if isinstance(heads, int) else found.heads
@@ -156,20 +142,11 @@ def read_folder(repository: Repository, wanted: UnetWeights, own: Sequence[Part]
 
 
 def add_from(
-    repository: Repository,
-    folder: str,
-    part: Part,
-    kind: Kind | Literal["CLIPTextModel"],
-    names: list[str],
-    found: BaseInspection,
+    repository: Repository, part: Part, found: BaseInspection, *, root: bool = False, marks: Sequence[str] = _MARKS
 ) -> None:
-    """Add the network in `folder` of `repository` (the root for an empty name) to `found`, if there is one.
-
-    Args:
-        kind: its class in diffusers or transformers.
-        names: the names its weights may have, most wanted first.
-    """
-    prefix = f"{folder}/" if folder else ""
+    """Add a network to `found`, if it is in its folder of `repository`, or in the `root`."""
+    folder, kind, _ = _NETWORKS[part]
+    prefix, names = "" if root else f"{folder}/", _weight_files(part, marks)
     config_file = repository.first(f"{prefix}config.json")
     weights_file = repository.first(*(prefix + name for name in names))
     if config_file is None and weights_file is None:
@@ -194,8 +171,7 @@ def add_from(
         return
     _log.info("%s: %s of %s", part, weights_file.name, repository.name)
     if kind == "CLIPTextModel":
-        settings = {key: config[key] for key in _TEXT_SETTINGS if key in config}
-        found.add(part, lambda: clip_weights(_shards(repository, prefix, weights_file), settings))
+        found.add(part, lambda: clip_weights(_shards(repository, prefix, weights_file), config))
     else:
         found.add(part, lambda: diffusers_weights(kind, _shards(repository, prefix, weights_file), config))
 

@@ -13,12 +13,9 @@ from .weights import Weights, truncate
 Part = Literal["unet", "controlnet", "autoencoder", "text_encoder"]
 """The networks of a published base."""
 
-Prediction = Literal["epsilon", "v_prediction"]
-"""What a U-Net was trained to predict."""
-
 UnetWeights = Literal["auto", "ema", "non-ema"]
-"""Which weights of the U-Net to take: the averaged ones (EMA) if both are there, or one of them for certain. The
-release was trained on those that are not averaged (docs/method.md §3)."""
+"""Which weights of the U-Net to take; ``auto``: the averaged ones (EMA) if both are there. The release was trained on
+those that are not averaged (docs/method.md §3)."""
 
 OpenWeights = Callable[[], Weights]
 """Opens a network that is not built yet; its tensors stay in their file as long as nobody uses them."""
@@ -31,19 +28,17 @@ class BaseInspection:
     name: str = ""
     """Of the base: its file or folder."""
     multiple: int = 1
-    """Legal heights and widths are multiples of this many pixels: all halvings of autoencoder and U-Net."""
+    """As in `BaseConfig`: all halvings of autoencoder and U-Net."""
     heads: int = HEADS
     """Attention heads of U-Net and ControlNet where no configuration names them."""
     networks: dict[Part, OpenWeights] = field(default_factory=dict)
-    """The parts that could be opened."""
     configs: dict[Part, Mapping[str, Any]] = field(default_factory=dict)
-    """Their configurations."""
     origin: dict[str, str] = field(default_factory=dict)
     """Names of the files or repositories, and which weights of the U-Net were taken."""
     faults: list[str] = field(default_factory=list)
     failed: set[str] = field(default_factory=set)
     """Parts with a fault, or ``base``: they are not reported as missing as well."""
-    prediction: Prediction = "epsilon"
+    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
     noise: NoiseSchedule = field(default_factory=NoiseSchedule)
 
     def fail(self, part: str, fault: str) -> None:

@@ -4,7 +4,7 @@ Where no configuration comes with the tensors, the architecture is read from the
 attention heads cannot be.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -23,11 +23,6 @@ HEADS = 8
 
 Tensors = Mapping[str, torch.Tensor]
 
-_CLASSES: dict[Kind, tuple[Any, str]] = {
-    "UNet2DConditionModel": (UNet2DConditionModel, "the U-Net"),
-    "ControlNetModel": (ControlNetModel, "ControlNet"),
-    "AutoencoderKL": (AutoencoderKL, "the autoencoder"),
-}
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 """Names that diffusers gave to the autoencoder's attention when Stable Diffusion 1.5 was published, and today's."""
 _CLIP_HEAD_WIDTH = 64
@@ -37,13 +32,20 @@ _NOT_TEXT_ENCODER = ("position_ids", "text_projection", "text_projection.weight"
 _TOKENS, _PLACES = "embeddings.token_embedding.weight", "embeddings.position_embedding.weight"
 
 
-def diffusers_weights(kind: Kind, tensors: Tensors, config: Mapping[str, Any]) -> Weights:
-    """A network of diffusers' class `kind`.
+def diffusers_weights(
+    kind: Kind, tensors: Tensors, config: Mapping[str, Any] | None = None, heads: int = HEADS
+) -> Weights:
+    """A network of diffusers' class `kind`; without `config`, of the architecture that the tensors tell.
+
+    Args:
+        heads: attention heads of U-Net or ControlNet, without `config`.
 
     Raises:
-        TrainingError: a configuration that does not describe such a network.
+        TrainingError: no such network, or one of an architecture that is not read; all faults at once.
     """
-    made, what = _CLASSES[kind]
+    made, what, read_config = CLASSES[kind]
+    if config is None:
+        config = read_config(tensors, heads)
     known = {key: value for key, value in config.items() if not key.startswith("_")}
     if kind == "AutoencoderKL":
         tensors = {_current_name(key): value for key, value in tensors.items()}
@@ -61,8 +63,7 @@ def diffusers_weights(kind: Kind, tensors: Tensors, config: Mapping[str, Any]) -
 def clip_weights(state: Tensors, config: Mapping[str, Any] | None = None) -> Weights:
     """A CLIPTextModel of transformers' configuration `config`; if None, of the one that the tensors tell.
 
-    Begin and end of a text are the last two tokens of the vocabulary; the configuration of Stable Diffusion 1.5 names
-    others.
+    Begin and end of a text are the vocabulary's last two tokens; Stable Diffusion 1.5's configuration names others.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -88,9 +89,9 @@ def clip_weights(state: Tensors, config: Mapping[str, Any] | None = None) -> Wei
         "max_position_embeddings": len(plain[_PLACES]),
         "hidden_act": "quick_gelu",
     }
-    known = {**(read if config is None else config), **names}
+    known = read if config is None else {key: config[key] for key in (*read, "layer_norm_eps") if key in config}
     try:
-        settings = CLIPTextConfig(**known)
+        settings = CLIPTextConfig(**{**known, **names})
         with torch.device("meta"):
             # transformers put everything under ``text_model.`` before 5.6.
             prefix = "text_model." if hasattr(CLIPTextModel(settings), "text_model") else ""
@@ -108,20 +109,14 @@ def clip_weights(state: Tensors, config: Mapping[str, Any] | None = None) -> Wei
     return Weights("the text encoder", complete, make, {prefix + key: value for key, value in plain.items()})
 
 
-def unet_config(state: Tensors, heads: int = HEADS) -> dict[str, Any]:
-    """diffusers' configuration of the U-Net with the tensors `state`.
-
-    Raises:
-        TrainingError: no such network, or one of an architecture that is not read; all faults at once.
-    """
+def _unet_config(state: Tensors, heads: int) -> dict[str, Any]:
     require(state, ("conv_out.weight",), "U-Net")
     shared = _shared_config(state, heads, "U-Net")
     ups = tuple(kind.replace("Down", "Up") for kind in reversed(shared["down_block_types"]))
     return {**shared, "out_channels": len(state["conv_out.weight"]), "up_block_types": ups}
 
 
-def controlnet_config(state: Tensors, heads: int = HEADS) -> dict[str, Any]:
-    """diffusers' configuration of the ControlNet with the tensors `state`; see `unet_config`."""
+def _controlnet_config(state: Tensors, heads: int) -> dict[str, Any]:
     # Convolutions come in pairs, the second of which halves the picture and widens it.
     halving = range(1, count(state, "controlnet_cond_embedding.blocks."), 2)
     places = ["conv_in", *(f"blocks.{place}" for place in halving)]
@@ -134,8 +129,7 @@ def controlnet_config(state: Tensors, heads: int = HEADS) -> dict[str, Any]:
     }
 
 
-def vae_config(state: Tensors) -> dict[str, Any]:
-    """diffusers' configuration of the autoencoder with the tensors `state`; see `unet_config`."""
+def _vae_config(state: Tensors, _: int) -> dict[str, Any]:
     levels = count(state, "encoder.down_blocks.")
     widths = [f"encoder.down_blocks.{level}.resnets.0.conv1.weight" for level in range(levels)]
     ends = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
@@ -203,3 +197,11 @@ def _current_name(key: str) -> str:
     for old, new in _OLD_ATTENTION.items():
         key = key.replace(old, new) if ".attentions." in key else key
     return key
+
+
+CLASSES: dict[Kind, tuple[Any, str, Callable[[Tensors, int], dict[str, Any]]]] = {
+    "UNet2DConditionModel": (UNet2DConditionModel, "the U-Net", _unet_config),
+    "ControlNetModel": (ControlNetModel, "ControlNet", _controlnet_config),
+    "AutoencoderKL": (AutoencoderKL, "the autoencoder", _vae_config),
+}
+"""Each class, its name in messages, and what reads its configuration from tensors and attention heads."""

@@ -1,6 +1,6 @@
 """PyTorch's pickled files, read by torch's restricted unpickler, which runs and imports nothing that a file names.
 
-What torch does not know by itself, such as a module, becomes a `Stub` that keeps its state. Before, `check_pickle`
+What torch does not know by itself, such as a module, becomes a `Stub` that keeps its state. Before, `_check_pickle`
 bounds time and memory by the size of the file: a few bytes can keep any unpickler busy for hours.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import pickle
 import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
@@ -40,10 +40,6 @@ _ALLOCATES = ("__builtin__.bytearray", "builtins.bytearray")
 _log = logging.getLogger("lsast.train")
 
 
-class UnsafePickleError(Exception):
-    """A pickle that `torch.save` does not write, or that takes time or memory out of proportion to its size."""
-
-
 class Stub:
     """Stands for an object in a file, and keeps its state. There is a class for each name."""
 
@@ -58,16 +54,11 @@ class Stub:
 
 
 def load_pickle(path: Path, stubbed: Callable[[str], bool]) -> Any:
-    """The content of a file of ``torch.save``; the tensors are on the CPU and views of the file.
+    """The content of a file of ``torch.save``, in views of the file; its errors are for `refusals`.
 
-    Args:
-        stubbed: whether a name that torch does not know, such as ``argparse.Namespace``, may become a `Stub`.
-
-    Raises:
-        UnsafePickleError, pickle.UnpicklingError: the file is refused.
-        Exception: it is damaged; see `refusals`.
+    `stubbed` says whether a name that torch does not know, such as ``argparse.Namespace``, may become a `Stub`.
     """
-    stubs: list[Any] = [(type(name, (Stub,), {}), name) for name in check_pickle(path) if stubbed(name)]
+    stubs: list[Any] = [(type(name, (Stub,), {}), name) for name in _check_pickle(path) if stubbed(name)]
     with path.open("rb") as stream, torch.device("cpu"), torch.serialization.safe_globals(stubs):
         # Files from before PyTorch 1.6 cannot be mapped into memory, and torch goes by the ending of a path.
         mapped = _is_archive(stream) and path.suffix != ".safetensors"
@@ -76,14 +67,10 @@ def load_pickle(path: Path, stubbed: Callable[[str], bool]) -> Any:
 
 @contextlib.contextmanager
 def refusals(path: Path, expected: str) -> Iterator[None]:
-    """Raise `TrainingError` for what `load_pickle` raises.
-
-    Args:
-        expected: what the file should hold.
-    """
+    """Raise `TrainingError` for what `load_pickle` raises; `expected` is what the file should hold."""
     try:
         yield
-    except (UnsafePickleError, pickle.UnpicklingError) as error:
+    except UnpicklingError as error:
         told = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"Unpickler error:\s*(.+)", str(error))
         found = told[1] if told else str(error).split("\n")[0]
         message = f"{path} is refused, nothing of it was run: found {found}; expected {expected}"
@@ -98,10 +85,8 @@ def refusals(path: Path, expected: str) -> Iterator[None]:
 
 
 def load_module_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file that holds whole modules, such as the released ``embeddings_gs-99999.pt``.
-
-    Parameters and buffers are named as in a state dict, e.g. ``attention.attn1.to_q.weight`` for the module under
-    ``attention``.
+    """The tensors of a file that holds whole modules, such as the released ``embeddings_gs-99999.pt``, named as in a
+    state dict, e.g. ``attention.attn1.to_q.weight`` for the module under ``attention``.
 
     Raises:
         TrainingError: no such file, no file of torch.save, damaged, or content other than modules and tensors.
@@ -111,22 +96,15 @@ def load_module_tensors(path: Path) -> dict[str, torch.Tensor]:
         # A file can also have tensors made that are not in it, of any size and any content.
         storages = {value.data_ptr(): value.untyped_storage().nbytes() for value in tensors.values()}
         if sum(storages.values()) > path.stat().st_size:
-            raise UnsafePickleError("tensors of more bytes than the file has")
+            raise UnpicklingError("tensors of more bytes than the file has")
     if not tensors:
         raise TrainingError(f"{path} holds no tensors; expected a module's parameters")
     return tensors
 
 
-def check_pickle(path: Path) -> set[str]:
-    """Refuse a pickled file whose unpickling would take time or memory out of proportion to its size.
-
-    Returns:
-        What the file names, such as ``collections.OrderedDict``.
-
-    Raises:
-        UnsafePickleError: such a file.
-        OSError, ValueError, IndexError, KeyError, zipfile.BadZipFile: the file is damaged.
-    """
+def _check_pickle(path: Path) -> set[str]:
+    """Refuse a file whose unpickling would take time or memory out of proportion to its size; returns what it names,
+    such as ``collections.OrderedDict``."""
     names: set[str] = set()
     with path.open("rb") as stream:
         if not _is_archive(stream):
@@ -136,10 +114,10 @@ def check_pickle(path: Path) -> set[str]:
         with zipfile.ZipFile(stream) as archive:
             entries = archive.infolist()
             if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
-                raise UnsafePickleError(f"the entry {packed[0]!r} compressed")
+                raise UnpicklingError(f"the entry {packed[0]!r} compressed")
             pickles = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
             if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
-                raise UnsafePickleError(f"{len(pickles)} entries data.pkl, or one of more than {MAX_PICKLE} bytes")
+                raise UnpicklingError(f"{len(pickles)} entries data.pkl, or one of more than {MAX_PICKLE} bytes")
             _check_tuples(io.BytesIO(archive.read(pickles[0])), names)
     return names
 
@@ -166,7 +144,7 @@ def _check_tuples(stream: BinaryIO, names: set[str]) -> None:
         if opcode.name == "GLOBAL":
             name = str(argument).replace(" ", ".")
             if name in _ALLOCATES:
-                raise UnsafePickleError(name)
+                raise UnpicklingError(name)
             names.add(name)
         if "GET" in opcode.name:
             stack.append(memo[argument])
@@ -179,7 +157,7 @@ def _check_tuples(stream: BinaryIO, names: set[str]) -> None:
             if opcode.name in ("REDUCE", "NEWOBJ"):
                 weight = _CALL * sum(items)
             if weight > MAX_ITEMS:
-                raise UnsafePickleError(f"a tuple of more than {MAX_ITEMS} items, or calls in calls")
+                raise UnpicklingError(f"a tuple of more than {MAX_ITEMS} items, or calls in calls")
             stack += [weight] * len(opcode.stack_after)
 
 
@@ -188,19 +166,19 @@ def _flatten(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, torch
     children: dict[Any, Any] = {}
     if isinstance(value, torch.Tensor):
         if value.device.type != "cpu" or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise UnsafePickleError("a tensor larger than its storage")
+            raise UnpicklingError("a tensor larger than its storage")
         yield name, value.detach()
     elif isinstance(value, dict):
         children = value
     elif isinstance(value, Stub):
         if not isinstance(value.state, dict) or "_parameters" not in value.state:
-            raise UnsafePickleError(f"a call of {type(value).__name__!r}")
+            raise UnpicklingError(f"a call of {type(value).__name__!r}")
         if value.state.get("training") is True and "." not in name:
             _log.info("%r was stored in training mode; it is used without dropout", name)
         for kind in ("_parameters", "_buffers", "_modules"):
             children |= value.state.get(kind, {})
     if children and id(value) in seen:
-        raise UnsafePickleError(f"the same container twice, at {name!r}")
+        raise UnpicklingError(f"the same container twice, at {name!r}")
     seen.add(id(value))
     for key, child in children.items():
         yield from _flatten(child, f"{name}.{key}" if name else str(key), seen)

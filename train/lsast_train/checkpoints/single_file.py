@@ -4,7 +4,7 @@ Names are translated by diffusers' own converters, and nothing may be left over 
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +19,12 @@ from diffusers.loaders.single_file_utils import (
 from lsast_engines.errors import TrainingError, fault_list
 
 from .inspection import BaseInspection, Part, UnetWeights
-from .networks import (
-    HEADS,
-    Tensors,
-    clip_weights,
-    controlnet_config,
-    count,
-    diffusers_weights,
-    require,
-    unet_config,
-    vae_config,
-)
+from .networks import CLASSES, HEADS, Kind, Tensors, clip_weights, count, diffusers_weights, require
 from .weights import Weights, read_metadata, read_tensors, truncate
 
-UNET = "model.diffusion_model."
-"""Prefix of the U-Net's keys."""
-CONTROL = "control_model."
-"""Prefix of ControlNet's keys."""
-VAE = "first_stage_model."
-"""Prefix of the autoencoder's keys."""
+UNET, CONTROL, VAE = "model.diffusion_model.", "control_model.", "first_stage_model."
 TEXT = "cond_stage_model.transformer."
-"""Prefix of the keys of the CLIP text encoder."""
+"""Prefixes of the keys of each network, and of the CLIP text encoder's."""
 
 _EMA = "model_ema.diffusion_model"
 
@@ -94,14 +79,10 @@ def read_single_file(path: Path, wanted: UnetWeights, own: Sequence[Part], found
 
 
 def read_vae_file(path: Path) -> Weights:
-    """The autoencoder in `path`, in CompVis' or diffusers' naming.
-
-    Raises:
-        TrainingError: there is none.
-    """
+    """The autoencoder in `path`, in CompVis' or diffusers' naming; `TrainingError` if there is none."""
     state = read_tensors(path)
     if "encoder.conv_norm_out.weight" in state:
-        return diffusers_weights("AutoencoderKL", state, vae_config(state))
+        return diffusers_weights("AutoencoderKL", state)
     if "encoder.conv_in.weight" not in section(state, VAE):
         kind = describe_unsupported(state) or "no autoencoder"
         raise TrainingError(f"found {kind} in {path.name}; expected an autoencoder")
@@ -109,11 +90,7 @@ def read_vae_file(path: Path) -> Weights:
 
 
 def read_controlnet_file(path: Path, heads: int = HEADS) -> Weights:
-    """The ControlNet in `path`, in CompVis' or diffusers' naming.
-
-    Raises:
-        TrainingError: there is none, or one of differences to a U-Net.
-    """
+    """The ControlNet in `path`, in either naming; `TrainingError` for none, or one of differences to a U-Net."""
     state = read_tensors(path)
     for key, kind in (("difference", "differences"), ("lora_controlnet", "a Control-LoRA, low-rank differences")):
         if key in state:
@@ -122,11 +99,10 @@ def read_controlnet_file(path: Path, heads: int = HEADS) -> Weights:
                 "control_v11p_sd15_canny"
             )
     if "controlnet_cond_embedding.conv_in.weight" in state:
-        return diffusers_weights("ControlNetModel", state, controlnet_config(state, heads))
-    control = section(state, CONTROL)
-    if "input_hint_block.0.weight" not in control:
+        return diffusers_weights("ControlNetModel", state, heads=heads)
+    if "input_hint_block.0.weight" not in section(state, CONTROL):
         raise TrainingError(f"found {describe_unsupported(state) or 'a base'} in {path.name}; expected a ControlNet")
-    return controlnet_weights(control, heads)
+    return controlnet_weights(state, heads)
 
 
 def _read_schedule(path: Path, state: Mapping[str, torch.Tensor], found: BaseInspection) -> None:
@@ -179,11 +155,7 @@ def _pick(path: Path, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
 
 
 def unet_weights(state: Tensors, heads: int = HEADS) -> Weights:
-    """The U-Net of `state`, not built yet.
-
-    Args:
-        state: tensors by name. Those under the network's prefix are used; all, if nothing has it.
-        heads: attention heads of every level.
+    """The U-Net of `state`: of the tensors under its prefix, or of all, if nothing has it; not built yet.
 
     Raises:
         TrainingError: no U-Net, or one of another architecture, or tensors left over; all faults at once.
@@ -191,16 +163,14 @@ def unet_weights(state: Tensors, heads: int = HEADS) -> Weights:
     state = section(state, UNET)
     blocks = _blocks(state, "U-Net in CompVis naming", "out.2.weight")
     prefixed = {UNET + key: value for key, value in state.items()}
-    tensors = _translate(prefixed, lambda tensors: convert_ldm_unet_checkpoint(tensors, blocks), "the U-Net")
-    return diffusers_weights("UNet2DConditionModel", tensors, unet_config(tensors, heads))
+    return _translate("UNet2DConditionModel", prefixed, convert_ldm_unet_checkpoint, blocks, heads)
 
 
 def controlnet_weights(state: Tensors, heads: int = HEADS) -> Weights:
     """The ControlNet of `state`, not built yet; see `unet_weights`."""
     state = section(state, CONTROL)
     blocks = _blocks(state, "ControlNet in CompVis naming", "input_hint_block.0.weight", "time_embed.0.weight")
-    tensors = _translate(state, lambda tensors: convert_controlnet_checkpoint(tensors, blocks), "ControlNet")
-    return diffusers_weights("ControlNetModel", tensors, controlnet_config(tensors, heads))
+    return _translate("ControlNetModel", state, convert_controlnet_checkpoint, blocks, heads)
 
 
 def vae_weights(state: Tensors) -> Weights:
@@ -211,8 +181,7 @@ def vae_weights(state: Tensors) -> Weights:
     # 1x1 convolutions there are linear layers in diffusers.
     flat = {k: v.flatten(1) if ".attn_1." in k and v.ndim > 2 else v for k, v in found.items()}
     blocks = {"down_block_types": levels, "up_block_types": levels}
-    tensors = _translate(flat, lambda tensors: convert_ldm_vae_checkpoint(tensors, blocks), "the autoencoder")
-    return diffusers_weights("AutoencoderKL", tensors, vae_config(tensors))
+    return _translate("AutoencoderKL", flat, convert_ldm_vae_checkpoint, blocks)
 
 
 def section(state: Tensors, prefix: str) -> dict[str, torch.Tensor]:
@@ -228,15 +197,14 @@ def _blocks(state: Tensors, what: str, *needed: str) -> dict[str, int]:
     return {"layers_per_block": count(state, "input_blocks.") // levels - 1}
 
 
-def _translate(
-    state: Tensors, convert: Callable[[dict[str, Any]], Mapping[str, torch.Tensor | None]], what: str
-) -> dict[str, torch.Tensor]:
-    """`state` under diffusers' names. The converters drop what they do not know; here that is a fault."""
-    renamed = {key: value for key, value in convert(dict(state)).items() if value is not None}
+def _translate(kind: Kind, state: Tensors, convert: Any, blocks: Mapping[str, Any], heads: int = HEADS) -> Weights:
+    """`state` under the names that diffusers' `convert` gives. It drops what it does not know; here that is a fault."""
+    renamed = {key: value for key, value in convert(dict(state), blocks).items() if value is not None}
     used = {id(value) for value in renamed.values()}
     if left := [f"{key}: not expected" for key, value in state.items() if id(value) not in used]:
-        raise TrainingError(fault_list(f"the weights of {what} are not those of its architecture:", truncate(left)))
-    return renamed
+        heading = f"the weights of {CLASSES[kind][1]} are not those of its architecture:"
+        raise TrainingError(fault_list(heading, truncate(left)))
+    return diffusers_weights(kind, renamed, heads=heads)
 
 
 def describe_unsupported(keys: Iterable[str]) -> str | None:

@@ -13,9 +13,8 @@ from typing import Any
 
 from lsast_engines.errors import TrainingError, UsageError, fault_list
 
-from .diffusers_folder import FILES, Repository, add_from, is_hub_id, open_hub, read_folder, weight_files
+from .diffusers_folder import FILES, Repository, add_from, is_hub_id, open_hub, read_folder
 from .inspection import BaseInspection, Part, UnetWeights
-from .networks import Kind
 from .single_file import read_controlnet_file, read_single_file, read_vae_file
 from .weights import weights_format
 
@@ -23,10 +22,11 @@ _ENDINGS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 """Endings by which a missing file is told from a name."""
 _PARTS: dict[Part, str] = {
     "unet": "U-Net",
-    "controlnet": "ControlNet",
-    "autoencoder": "autoencoder",
+    "controlnet": "ControlNet; name one with --controlnet",
+    "autoencoder": "autoencoder; name one with --vae",
     "text_encoder": "text encoder",
 }
+"""What is expected where a part is missing."""
 _FAMILIES = {1024: "1024 are Stable Diffusion 2's", 2048: "2048 are Stable Diffusion XL's"}
 """Other models by the channels of their contexts."""
 _UNET: dict[str, tuple[Any, str]] = {
@@ -44,17 +44,13 @@ _log = logging.getLogger("lsast.base")
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Which base to load.
-
-    Raises:
-        UsageError: an unknown choice of weights.
-    """
+    """Which base to load; `UsageError` for an unknown choice of weights."""
 
     base: str | Path | None = None
     """A base or bundle that lsast wrote, by name or folder (None: the embedded default); a folder in diffusers' format;
     a single file in CompVis naming; or OWNER/NAME of the hub."""
     controlnet: str | Path | None = None
-    """Its ControlNet: a folder in diffusers' format, a single file, or OWNER/NAME of the hub. None: the base's own."""
+    """Its ControlNet, in the last three forms. None: the base's own."""
     unet_weights: UnetWeights = "auto"
     revision: str | None = None
     """Commit hash or tag of what comes from the hub and names none itself (OWNER/NAME@REVISION)."""
@@ -81,17 +77,12 @@ def bases_inside(name: str | Path | None) -> str:
         return ""
     near = [folder.parent] if is_importable(folder.parent) else [*folder.glob("snapshots/*"), *folder.glob("*")]
     found = sorted(str(path) for path in near if is_importable(path) and (path.is_dir() or weights_format(path)))
-    return (
-        "\n  " + fault_list(f"{folder} is a folder without unet/config.json; perhaps you mean:", found[:8])
-        if found
-        else ""
-    )
+    heading = f"{folder} is a folder without unet/config.json; perhaps you mean:"
+    return "\n  " + fault_list(heading, found[:8]) if found else ""
 
 
 def import_base(source: BaseSource) -> BaseInspection:
-    """Find the parts of `source` and check that they are those of a Stable Diffusion 1.5 and fit together.
-
-    Nothing of them is in memory yet.
+    """Find the parts of `source`, unread, and check that they are those of a Stable Diffusion 1.5 and fit together.
 
     Raises:
         TrainingError: parts that are missing, damaged, of another kind of model, or do not fit together; all at once.
@@ -114,10 +105,9 @@ def import_base(source: BaseSource) -> BaseInspection:
         _read_part("controlnet", source.controlnet, source, found)
     if source.vae is not None:
         _read_part("autoencoder", source.vae, source, found)
-    for part, what in _PARTS.items():
+    for part, expected in _PARTS.items():
         if part not in found.networks and found.failed.isdisjoint({part, "base"}):
-            hint = {"controlnet": "; name one with --controlnet", "autoencoder": "; name one with --vae"}.get(part, "")
-            found.fail(part, f"found none in {found.origin['source']}; expected the {what}{hint}")
+            found.fail(part, f"found none in {found.origin['source']}; expected the {expected}")
     if faults := found.faults + _compatibility_errors(found.configs):
         heading = f"{source.base} cannot be used; expected the parts of one Stable Diffusion 1.5:"
         raise TrainingError(fault_list(heading, faults))
@@ -147,20 +137,16 @@ def _read_part(part: Part, name: str | Path, source: BaseSource, found: BaseInsp
     path = Path(name).expanduser()
     if _is_file(path):
         found.origin[part] = path.name
-        if part == "controlnet":
-            found.add(part, lambda: read_controlnet_file(path, found.heads))
-        else:
-            found.add(part, lambda: read_vae_file(path))
+        found.add(
+            part, lambda: read_controlnet_file(path, found.heads) if part == "controlnet" else read_vae_file(path)
+        )
         return
     if not path.exists() and not is_hub_id(str(name)):
         found.fail(part, f"found no file or folder {name}")
         return
     repository = _repository(name, source, f"{part}_revision", found)
     found.origin[part] = repository.name
-    kind: Kind = "ControlNetModel" if part == "controlnet" else "AutoencoderKL"
-    inner = "controlnet" if part == "controlnet" else "vae"
-    folder = "" if repository.first("config.json") is not None else inner
-    add_from(repository, folder, part, kind, weight_files(*FILES), found)
+    add_from(repository, part, found, root=repository.first("config.json") is not None)
     if part not in found.networks and part not in found.failed:
         found.fail(part, f"found none in {repository.name}; expected config.json and {FILES[0]}")
 

@@ -32,23 +32,20 @@ _CODES: dict[torch.dtype, str] = {
 }
 """Names of element types in the header of a safetensors file."""
 
-
 OpenTensors = Callable[[], Mapping[str, torch.Tensor]]
-"""Opens the tensors of a network by name."""
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """A network that is not built yet: its class and configuration, and its tensors, still in their file."""
+    """A network that is not built yet; its tensors are still in their file."""
 
     what: str
     """Its name in messages."""
     config: Mapping[str, Any]
-    """Its configuration, as diffusers or transformers know it."""
+    """As diffusers or transformers know it."""
     make: Callable[[], nn.Module]
-    """Builds it; see `on_meta`."""
     tensors: Mapping[str, torch.Tensor]
-    """Its weights by their names in the network."""
+    """By their names in the network."""
 
     def named(self) -> dict[str, torch.Tensor]:
         """Its tensors by names that do not depend on the version of a library."""
@@ -59,27 +56,21 @@ class Weights:
         with torch.device("meta"):
             return self.make()
 
-    def faults(self) -> list[str]:
-        """Tensors that are missing, of another shape, or not expected in this network; a line each."""
-        return self._misfits(self.on_meta())
-
-    def _misfits(self, network: nn.Module) -> list[str]:
-        expected = {key: value.shape for key, value in network.state_dict().items()}
-        return shape_faults({key: value.shape for key, value in self.tensors.items()}, expected)
+    def faults(self, network: nn.Module | None = None) -> list[str]:
+        """Tensors that are missing, of another shape, or not expected in `network`, or in that of `on_meta`."""
+        expected = (network or self.on_meta()).state_dict()
+        found, wanted = ({key: x.shape for key, x in tensors.items()} for tensors in (self.tensors, expected))
+        return shape_faults(found, wanted)
 
     def build(self, dtype: torch.dtype = torch.float32) -> Any:
-        """The network with its weights in `dtype`, in evaluation mode and without gradients.
+        """The frozen network in `dtype`; tensors that are of it already stay views of their file.
 
-        Tensors that are of `dtype` already stay views of their file.
-
-        Raises:
-            TrainingError: weights that do not fit, or that are not finite; all faults at once.
+        `TrainingError` for weights that do not fit, or that are not finite.
         """
         network = self.on_meta()
-        if faults := self._misfits(network):
-            raise TrainingError(
-                fault_list(f"the weights of {self.what} do not fit its architecture:", truncate(faults))
-            )
+        if faults := self.faults(network):
+            heading = f"the weights of {self.what} do not fit its architecture:"
+            raise TrainingError(fault_list(heading, truncate(faults)))
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors.items()}
         if infinite := [f"{key}: NaN or infinite" for key, value in state.items() if not torch.isfinite(value).all()]:
             raise TrainingError(fault_list(f"found weights of {self.what} that are no numbers:", truncate(infinite)))
@@ -88,10 +79,7 @@ class Weights:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, or of a pickled state dict, as views of the file.
-
-    The content says which of the two a file is, not its ending. The tensors are on the CPU, whatever ``torch.device``
-    context the caller is in.
+    """The tensors of a safetensors file, or of a pickled state dict, as views of the file on the CPU.
 
     Raises:
         TrainingError: no such file, neither of the two, damaged, or a pickle that holds more than a state dict.
@@ -126,11 +114,7 @@ def weights_format(path: Path) -> Literal["safetensors", "pickle"] | None:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts in the header of a safetensors file; none of another file.
-
-    Raises:
-        TrainingError: a damaged file.
-    """
+    """The texts in the header of a safetensors file, none of another file; `TrainingError` for a damaged one."""
     return _read_safetensors(path)[1] if weights_format(path) == "safetensors" else {}
 
 
@@ -159,22 +143,23 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise TrainingError(f"{path} holds a {type(content).__name__}; expected tensors by name (a state dict)")
-    tensors = {key: value.data for key, value in content.items() if isinstance(key, str) and _is_plain(value)}
+    tensors = {
+        key: value.data
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, torch.Tensor)
+        if value.layout is torch.strided and value.device.type == "cpu"
+    }
     if not tensors:
         kind = next((kind for key, kind in _NESTED.items() if key in content), "no tensors")
         raise TrainingError(f"{path} holds {kind}; expected a state dict")
     return tensors
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
-
-
 def tensors_sha256(networks: Mapping[str, OpenTensors]) -> str:
     """SHA-256 over the floating tensors of several networks, in the order of their names.
 
-    Each tensor counts with the name ``NETWORK.KEY``, its shape and its values as float32, so that it does not matter in
-    which format and in which precision equal values are stored. One network is open at a time.
+    Each counts with the name ``NETWORK.KEY``, its shape and its values as float32, so that format and precision of
+    equal values do not matter. One network is open at a time.
     """
     digest = hashlib.sha256()
     for network, tensors in sorted(networks.items()):
@@ -186,12 +171,11 @@ def tensors_sha256(networks: Mapping[str, OpenTensors]) -> str:
 
 
 def write_tensors(path: Path, networks: Mapping[str, OpenTensors], dtype: torch.dtype) -> str:
-    """Write the tensors of several networks into one safetensors file; returns the file's SHA-256.
+    """Write the tensors of several networks into one safetensors file, whole; returns the file's SHA-256.
 
     Args:
-        path: the file; it appears whole or not at all.
-        networks: opens the tensors of each network; asked again for every pass, and none is held longer than it takes
-            to write it. A tensor is named ``NETWORK.KEY``, under the empty name just ``KEY``.
+        networks: opens the tensors of each, which are held while they are written. A tensor is named ``NETWORK.KEY``,
+            under the empty name just ``KEY``.
         dtype: floating tensors are stored in it; one at a time is converted.
     """
     plan = [

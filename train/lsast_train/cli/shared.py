@@ -21,13 +21,10 @@ def folder_option(*names: str, text: str, **more: Any) -> OptionDecorator:
 device_option = click.option(
     "--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps. [default: auto, a CUDA GPU if one is there]"
 )
-"""Adds ``--device`` to a command."""
 
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
-"""Adds ``--threads`` to a command."""
 
 out_option = folder_option("-o", "--out", text="Folder to write to. [default: runs/NAME]")
-"""Adds ``--out`` to a command."""
 
 run_options = combine_options(
     debug_option,
@@ -37,7 +34,7 @@ run_options = combine_options(
     click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run."),
     device_option,
 )
-"""Adds what every run takes: ``--device``, ``--resume``, ``--overwrite``, ``--threads`` and how it reports."""
+"""Adds what every run takes."""
 
 
 def set_up_torch(threads: int | None) -> None:
@@ -76,7 +73,7 @@ def import_options(hidden: bool = False) -> OptionDecorator:
 
 
 def take_source(chosen: dict[str, Any]) -> dict[str, Any]:
-    """Take the fields of `BaseSource` that were given, `--base` and `import_options`, out of a command's options."""
+    """Take the fields of `BaseSource` that were given out of a command's options."""
     names = ("base", "controlnet", "vae", "unet_weights", "revision")
     return {name: value for name in names if (value := chosen.pop(name, None)) is not None}
 

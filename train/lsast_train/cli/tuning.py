@@ -29,9 +29,6 @@ from .shared import (
 _base_option = click.option(
     "--base", metavar="NAME", help="Bundle or base that the style belongs to. [default: the embedded one]"
 )
-_contents_option = folder_option(
-    "--contents", required=True, text="Folder tree of pictures to paint, such as photographs."
-)
 
 
 @click.command("distill", cls=Command, requires=EXTRA)
@@ -84,8 +81,7 @@ def distill(
         found = read_style(style, loaded, bundle)
         name = name or f"{found.name}-g{options.guidance:g}"
         folder = out or Path("runs") / name
-        files = RunFiles(folder, name, prompts=False)
-        with files.reserved(options.size, loaded.config.multiple, resume, overwrite):
+        with RunFiles(folder, name, prompts=False).reserved(options.size, loaded.config.multiple, resume, overwrite):
             pictures = PaintingDataset.load(images, options.size, "random", loaded.config.size)
             print_run(Distillation(loaded, found, pictures, options, name, folder, resume, device).run())
 
@@ -95,7 +91,7 @@ def distill(
     "-s", "--style", required=True, metavar="NAME", help="Prompts of a run or of the base's bundle, or a file."
 )
 @folder_option("--images", required=True, text="Folder tree of the artist's pictures.")
-@_contents_option
+@folder_option("--contents", required=True, text="Folder tree of pictures to paint, such as photographs.")
 @click.option("--name", help="Name of the new style. [default: STYLE]")
 @_base_option
 @import_options()

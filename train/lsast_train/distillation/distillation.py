@@ -49,10 +49,10 @@ class Distillation:
     Args:
         base: moved to the device; its weights are never changed.
         pictures: of any kind, loaded with the options' size, for the teacher to paint.
-        name, folder, resume, device: as of `lsast_train.finetuning.finetuning.Finetuning`.
+        name, folder, resume, device: as of `lsast_train.inversion.Inversion`; without a device a GPU, if one is there.
 
     Raises:
-        UsageError, TrainingError: as `Finetuning`; or invalid defaults of the style.
+        UsageError, TrainingError: as `Inversion`; or invalid defaults of the style.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Distillation:
         if not self.loop.history:
             self._initialise()
             held_out, training = (samples.distance(self.stages) for samples in (self.val_set, self.train_subset))
-            self._record(held_out, training, None)  # the original style
+            self.loop.record(held_out, training, None)  # the original style
             self._evaluate(None)
         self.loop.run(self._train_step, self._evaluate)
         return self._finish()
@@ -166,14 +166,12 @@ class Distillation:
 
     def _errors(self, samples: TeacherSamples) -> list[float]:
         """Root mean square of student - target in each stage that is trained, in float32."""
-        rows = [samples.rows(stage) for stage in self.stages]
-        sums = [self._sum(samples, *pair) for pair in zip(rows, self.stages, strict=True)]
-        return [(part / samples.target[at].numel()) ** 0.5 for part, at in zip(sums, rows, strict=True)]
+        rows = {stage: samples.rows(stage) for stage in self.stages}
+        return [(self._sum(samples, at, stage) / samples.target[at].numel()) ** 0.5 for stage, at in rows.items()]
 
     def _evaluate(self, mean_loss: float | None) -> None:
         """Measure the student, and keep it if it is the best so far."""
-        self._record(self._errors(self.val_set), self._errors(self.train_subset), mean_loss)
-        row = self.loop.history[-1]
+        row = self.loop.record(self._errors(self.val_set), self._errors(self.train_subset), mean_loss)
         if self.curve.best(1) is row:
             self.best.load_state_dict(self.student.delta.state_dict())
         log.info(
@@ -182,12 +180,6 @@ class Distillation:
         )
         facts = {"name": self.files.name, "options": asdict(self.options)}
         self.curve.save(self.files.curve, facts, self.stages)
-
-    def _record(self, held_out: list[float], training: list[float], loss: float | None) -> None:
-        step = self.loop.step
-        lr = self.options.learning_rate(step - 1) if step else None
-        row = {"step": step, "held_out": held_out, "training": training, "loss": loss, "learning_rate": lr}
-        self.loop.history.append(row)
 
     def _finish(self) -> RunResult:
         row = self.curve.best(1)

@@ -13,18 +13,14 @@ from lsast_engines.errors import StyleError
 
 from ..base.attention import cross_attention_layers, project_contexts
 from ..base.base import Base
-from ..base.fingerprint import check_fingerprint
 from ..base.projection import GROUPS
-from ..prompts.prompt_file import find_prompts, load_prompts
+from ..prompts.prompt_file import check_fingerprint, find_prompts, load_prompts
 
 
 class Student(nn.Module):
     """Keys and values init + scale · delta, of which delta is trained; those of ControlNet stay: they have no guidance.
 
     The scale is the root mean square of each layer's keys or values, so that one learning rate suits all layers.
-
-    Args:
-        unet: the base's.
     """
 
     init: torch.Tensor
@@ -48,14 +44,9 @@ class Student(nn.Module):
 
 
 def read_style(name_or_path: str, base: Base, folder: Path | None = None) -> Style:
-    """The style of a style file or of prompts, in this order.
+    """The style of a file, or of that name in the bundle `folder` of `base`, or of prompts that `find_prompts` finds.
 
-    Args:
-        name_or_path: a file; or the name of a style of the base's bundle, or of prompts as `find_prompts` finds them.
-        base, folder: what it has to belong to, and its folder.
-
-    Raises:
-        StyleError: there is none; it is damaged, of another base, or its guidance is distilled already.
+    `StyleError` if there is none, or it is damaged, of another base, or its guidance is distilled already.
     """
     path = Path(name_or_path).expanduser()
     if not path.is_file():

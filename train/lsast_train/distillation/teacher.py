@@ -1,9 +1,9 @@
 """The teacher of a distillation: latents on its trajectories, and the noise that the student shall predict there.
 
-The teacher paints with guidance, ε = ε_null + g (ε_style - ε_null), two passes a step, and the latents of its steps are
-kept with their ε: the student will be used at latents of guided paintings, which differ from noised pictures (adapter
-guidance distillation, AGD, trains on guided trajectories for that reason). The timesteps of every run are shifted by a
-random part of its stride, so that all runs together have all timesteps. Some noised pictures are mixed in.
+It paints with guidance, ε = ε_null + g (ε_style - ε_null), and the latents of its steps are kept with their ε: the
+student will be used at latents of guided paintings, which differ from noised pictures (adapter guidance distillation,
+AGD, trains on guided trajectories for that reason). The timesteps of every run are shifted by a random part of its
+stride, so that all runs together have all timesteps. Some noised pictures are mixed in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from lsast_engines.bundle.style import Style
-from lsast_engines.diffusion import NoiseSchedule, Step, TimestepSchedule, guide, make_solver
+from lsast_engines.diffusion import Step, TimestepSchedule, guide, make_solver
 
 from ..base.attention import packed_kv
 from ..base.base import Base
@@ -39,20 +39,17 @@ class Contents(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TeacherSamples:
-    """Latents, and the noise that the student shall predict in them; on the CPU, float32."""
+    """N latents [4, h, w], and the noise that the student shall predict in them; on the CPU, float32."""
 
     picture: torch.Tensor
     """[N] int64: its row in the `Contents`."""
     timestep: torch.Tensor
-    """[N] int64."""
     stage: torch.Tensor
-    """[N] int64."""
     latent: torch.Tensor
-    """[N, 4, h, w]"""
     target: torch.Tensor
-    """[N, 4, h, w]: ε that the student shall predict."""
+    """ε that the student shall predict."""
     unguided: torch.Tensor
-    """[N, 4, h, w]: ε of one pass of the original style, to which errors are relative."""
+    """ε of one pass of the original style, to which errors are relative."""
     edges: torch.Tensor
     """[P, 3, 8h, 8w] of all pictures."""
 
@@ -85,12 +82,7 @@ def read_contents(base: Base, paintings: Sequence[Painting], count: int, size: i
 
 
 class Teacher:
-    """The frozen base with guidance.
-
-    Args:
-        null: keys and values [T, Wu] of the null context.
-        options: guidance, control, schedule.
-    """
+    """The frozen base with guidance; `null` are the keys and values [T, Wu] of the null context."""
 
     def __init__(self, base: Base, style: Style, null: torch.Tensor, options: DistillOptions) -> None:
         self.base, self.options, self.noise, self.stages = base, options, base.config.noise, style.stages
@@ -100,8 +92,7 @@ class Teacher:
     def samples(self, contents: Contents, split: int, noised: int) -> TeacherSamples:
         """All steps of the guided paintings of `contents`, and `noised` samples of each stage that are noised pictures.
 
-        Args:
-            split: 0 for training, 1 for evaluation: each has random numbers of its own.
+        Training (`split` 0) and evaluation (1) have random numbers of their own.
         """
         points = [*self._painted(contents, split), *self._noised(contents, split, noised)]
         picture, timestep, latent, guided, plain = map(torch.cat, zip(*points, strict=True))
@@ -146,9 +137,8 @@ class Teacher:
         for stage in range(self.stages if count else 0):
             generator = rng_for(self.options.seed, RngStream.TEACHER_NOISED, split, stage)
             low, high = math.ceil(stage * length), math.ceil((stage + 1) * length)
-            for picture in torch.randint(len(contents.latents), (count,), generator=generator).split(
-                _at_once(contents)
-            ):
+            pictures = torch.randint(len(contents.latents), (count,), generator=generator)
+            for picture in pictures.split(_at_once(contents)):
                 timestep = torch.randint(low, high, picture.shape, generator=generator)
                 drawn = torch.randn(contents.latents[picture].shape, generator=generator)
                 inputs = (x.to(self.base.device) for x in (contents.latents[picture], drawn, timestep))
@@ -157,10 +147,9 @@ class Teacher:
 
 def jitter_timesteps(schedule: TimestepSchedule, part: float, stages: int) -> TimestepSchedule:
     """`schedule` with all timesteps lowered by `part` (0 to 1) of its stride, or of the last one if that is less."""
-    steps = schedule.steps
+    steps, noise = schedule.steps, schedule.noise
     stride = steps[-2].t - steps[-1].t if len(steps) > 1 else steps[-1].t
     down = int(part * min(stride, steps[-1].t))
-    noise: NoiseSchedule = schedule.noise
     moved = (Step(step.index, step.t - down, (step.t - down) * stages // noise.train_steps) for step in steps)
     return TimestepSchedule(noise, schedule.solver, tuple(moved), schedule.start_t - down)
 

@@ -47,15 +47,12 @@ class Finetuning:
         base: moved to the device; its weights are never changed.
         prompts: of the style, learned on `base`.
         works: the artist's, loaded with the options' size.
-        contents: pictures of any kind to paint, loaded with the options' size.
-        folder, name: of the files of the run, and of the new style.
-        resume: go on from the checkpoint that a stopped run left in `folder`.
-        device: in torch's words; None is a GPU of CUDA if one is there.
+        contents: pictures of any kind to paint, loaded likewise.
+        name, folder, resume, device: as of `lsast_train.inversion.Inversion`; without a device a GPU, if one is there.
 
     Raises:
-        UsageError: a device that is not there; a name that is no file name, or a size that the base cannot take.
-        StyleError: prompts without the statistics of the artist's latents, which `palette` needs.
-        TrainingError: a checkpoint that is missing, in the way, damaged, or of another run.
+        UsageError, TrainingError: as `Inversion`.
+        StyleError: as `Painter`.
     """
 
     def __init__(

@@ -28,13 +28,9 @@ SOLVER = "dpmpp2m"
 
 
 class Painter:
-    """Paints pictures in a style.
+    """Paints pictures in a style; strength, guidance and palette are those of `lsast.Options`.
 
-    Args:
-        strength, guidance, palette: see `lsast.Options`.
-
-    Raises:
-        StyleError: prompts without the statistics of the artist's latents, which `palette` needs.
+    `StyleError` for prompts without the statistics of the artist's latents.
     """
 
     def __init__(
@@ -60,10 +56,7 @@ class Painter:
         """Mean and deviation of the artist's latents, [4, 1, 1] each, on the CPU."""
 
     def paint(self, pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Painted latents [B, 4, h, w] of pictures [B, H, W, 3] uint8.
-
-        The latents have the base's scale; `Base.decode` takes them divided by it.
-        """
+        """Painted latents [B, 4, h, w] in the U-Net's scale, of pictures [B, H, W, 3] uint8."""
         base, edges = self.base, to_edges(pictures).to(self.base.device)
         latent = encode_pictures(base, list(pictures.numpy()))[0] * base.config.latent_scale
         stages = len(self.prompts)

@@ -54,9 +54,7 @@ class Distances:
 class StyleLoss(nn.Module):
     """Losses of paintings after the works of one artist. The last paintings are buffers, so a checkpoint holds them.
 
-    Args:
-        works: of which `WORKS` crops stand for all, each work in its turn.
-        size, seed: of the crops; they are as large as the paintings will be, in pixels.
+    `WORKS` crops of the paintings' `size` in pixels stand for all works, each in its turn.
     """
 
     def __init__(self, works: Sequence[Painting], size: int, seed: int, device: torch.device) -> None:
@@ -92,12 +90,9 @@ class StyleLoss(nn.Module):
         return [(rows - mean) / std for rows, mean, std in zip(described, self._mean, self._std, strict=True)]
 
     def forward(self, images: torch.Tensor, pictures: torch.Tensor, remember: bool = True) -> Distances:
-        """The losses of paintings.
+        """The losses of paintings `images` [B, 3, H, W] in [-1, 1], B at least 2, of `pictures`, likewise.
 
-        Args:
-            images: [B, 3, H, W] in [-1, 1], B at least 2.
-            pictures: that they are of, likewise.
-            remember: count earlier paintings to the distribution, and these to that of later ones.
+        With `remember`, earlier paintings count to the distribution, and these to that of later ones.
         """
         with torch.no_grad():
             content = self_similarities(self._lite.features(pictures))

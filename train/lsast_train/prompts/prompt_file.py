@@ -27,7 +27,6 @@ from lsast_engines.bundle.style import style_name_faults
 from lsast_engines.errors import StyleError, fault_list
 from lsast_engines.files import replace_file
 
-from ..base.fingerprint import check_fingerprint
 from ..base.projection import GROUPS
 from ..options import Generator, Gradient, Layout, Variant
 from .matrix_index import matrix_count
@@ -38,6 +37,10 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 """Format number of prompt files."""
+
+EXPORTED_FROM = "exported_from"
+"""Key among the training facts of a base: fingerprints, separated by blanks, of the bases that it was made from by
+rounding weights or by training its decoder on. What was learned on these fits it, too."""
 
 _KEY = "lsast"
 _KINDS = ("variant", "generator", "layout", "gradient")
@@ -61,8 +64,7 @@ class _Header:
 class Prompts:
     """The learned prompts of a style, bound to one base.
 
-    Raises:
-        StyleError: parts that do not fit together, or values that are not finite; all faults at once.
+    `StyleError` for parts that do not fit together, or values that are not finite; all faults at once.
     """
 
     name: str
@@ -135,14 +137,8 @@ def save_prompts(prompts: Prompts, path: Path) -> None:
 
 
 def find_prompts(name_or_path: str, bundle: Path | None = None) -> Path:
-    """The prompt file of a style.
-
-    It is a file; or ``runs/NAME/NAME.prompts.safetensors``, as `lsast-train` writes it; or a file of that name in the
-    folder ``prompts`` of `bundle`.
-
-    Raises:
-        StyleError: there is none of these.
-    """
+    """The prompt file of a style: a file; or ``runs/NAME/NAME.prompts.safetensors``, as `lsast-train` writes it; or a
+    file of that name in the folder ``prompts`` of `bundle`. `StyleError` if there is none of these."""
     given, name = Path(name_or_path).expanduser(), f"{name_or_path}.prompts.safetensors"
     paths = [given, Path("runs", name_or_path, name), *([] if bundle is None else [bundle / PROMPTS / name])]
     for path in paths:
@@ -152,6 +148,20 @@ def find_prompts(name_or_path: str, bundle: Path | None = None) -> Path:
         f"found no prompts at {' or '.join(map(str, paths))}; expected a file NAME.prompts.safetensors: "
         "learn them with lsast-train --style NAME --images DIR, or name the file"
     )
+
+
+def check_fingerprint(found: str, what: str, base: str, fingerprint: str, facts: Mapping[str, str]) -> None:
+    """Raise `StyleError` for what was learned on another base.
+
+    Args:
+        found: fingerprint of the base that `what`, as the message calls it, was learned on.
+        base, fingerprint, facts: of the base that it is for; the facts are from its manifest or its training.
+    """
+    if found not in (fingerprint, *facts.get(EXPORTED_FROM, "").split()):
+        raise StyleError(
+            f"{what} was learned on base {found[:12]}…; the base {base!r} is {fingerprint[:12]}…: train it again on "
+            "this base, or name the base that it was trained on with --base"
+        )
 
 
 def load_prompts(path: Path, base: Base | None = None) -> Prompts:

@@ -23,7 +23,7 @@ from ..base.base import Base
 from ..options import Generator, Gradient, Layout, TrainOptions, Variant
 from .matrix_index import matrix_count, matrix_index
 from .released_generator import FACTOR, GegluGenerator
-from .text_encoder import PlaceholderEncoder
+from .text_encoder import A_TOKEN, PlaceholderEncoder
 
 log = logging.getLogger("lsast.train")
 
@@ -46,7 +46,6 @@ class PromptSpace(nn.Module):
     Args:
         initial: matrix [tokens, dim] that every matrix starts near; for ``geglu`` the mean of its rows is the constant
             that the generator starts from.
-        variant, generator, layout, gradient: see `options`.
         seed: of the small differences between the matrices at the start, or of the generator's weights.
         text: the text encoder; None if the matrices are the contexts.
 
@@ -102,28 +101,20 @@ class PromptSpace(nn.Module):
         """W_Q, W_K, W_V [dim, dim] as ``query``, ``key`` and ``value``; empty for other generators."""
         return {name: getattr(self, name) for name in ("query", "key", "value") if self.generator == "attention"}
 
-    def prompt_parameters(self) -> list[nn.Parameter]:
-        """Everything learned beside `attention_weights`: the matrices, or the weights of their generator."""
-        return list(self.geglu.parameters()) if self.generator == "geglu" else [self.matrices]
+    def embeddings(self, index: torch.Tensor | None = None, dropout: torch.Generator | None = None) -> torch.Tensor:
+        """P_k [N, tokens, dim]: of the matrices `index` [N], or of all.
 
-    def generate(self, matrices: torch.Tensor) -> torch.Tensor:
-        """P of the matrices M [N, tokens, dim] (``direct`` or ``attention``), of the same shape."""
+        `dropout` gives random numbers for the dropout of ``geglu`` in training; None leaves dropout out.
+        """
+        if self.generator == "geglu":
+            made: torch.Tensor = self.geglu(dropout)
+            return made if index is None else made[index]
+        matrices = self.matrices if index is None else self.matrices[index]
         if self.generator == "direct":
             return matrices
         query, key, value = matrices @ self.query, matrices @ self.key, matrices @ self.value
         scores = query @ key.transpose(1, 2) / math.sqrt(matrices.shape[2])
         return scores.softmax(dim=2) @ value
-
-    def embeddings(self, index: torch.Tensor | None = None, dropout: torch.Generator | None = None) -> torch.Tensor:
-        """P_k [N, tokens, dim]: of the matrices `index` [N], or of all.
-
-        Args:
-            dropout: random numbers for the dropout of ``geglu`` in training; None leaves dropout out.
-        """
-        if self.generator == "geglu":
-            made: torch.Tensor = self.geglu(dropout)
-            return made if index is None else made[index]
-        return self.generate(self.matrices if index is None else self.matrices[index])
 
     def prompts(self) -> torch.Tensor:
         """The prompt of every stage and layer group, [stages, 3, T, dim]."""
@@ -142,10 +133,6 @@ class PromptSpace(nn.Module):
         Only the matrices of these stages get a gradient. With ``gradient="decoder"`` the contexts of `down` and `mid`
         are constants, so nothing before the decoder is kept for the backward pass; the released code runs that part
         without gradient, to the same effect (docs/method.md §3).
-
-        Args:
-            timestep: in 0..train_steps-1.
-            dropout: see `embeddings`.
         """
         stage = timestep * self.stages // self.train_steps
         used, where = self.table[stage].unique(return_inverse=True)  # where: [B, 3]
@@ -168,14 +155,11 @@ def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tens
     """The initial prompt space of `options` on `base`, on its device.
 
     Through a text encoder the matrices start near CLIP's words ``a``, ``b``, ``c`` …, the released generator near
-    ``a``; else near `initial_context`.
-
-    Args:
-        draw: gives latents of the artist [N, 4, h, w]; called only if the start depends on them.
+    ``a``; else near the `initial_context` of `draw`.
 
     Raises:
-        UsageError: text prompts on a base without a text encoder, placeholder tokens without text prompts or more of
-            them than a caption has room for, or a generator that would be too large; all faults at once.
+        UsageError: text prompts without a text encoder, placeholder tokens without text prompts or more of them than a
+            caption has room for (all faults at once), or a generator that would be too large.
     """
     mode = ("context" if base.text_encoder is None else "text") if options.prompt == "auto" else options.prompt
     text = PlaceholderEncoder(base.text_encoder) if mode == "text" and base.text_encoder is not None else None
@@ -207,7 +191,9 @@ def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tens
                 *(base.config.name, *initial.shape),
             )
     else:
-        initial = text.words(options.rows, alike=options.generator == "geglu")
+        # Unlike words, because self-attention gives equal rows equal results, and equal gradients for ever.
+        letters = [A_TOKEN + place * (options.generator != "geglu") for place in range(options.rows)]
+        initial = torch.stack([text.token_embedding(token) for token in letters])
         if options.generator == "attention" and options.rows == 1:
             log.warning("self-attention over one row is a linear map: W_Q and W_K get no gradient")
     kinds = (options.variant, options.generator, options.layout, options.gradient)
@@ -217,11 +203,8 @@ def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tens
 
 
 def initial_context(base: Base, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The start of the prompts of an artist, [tokens, dim].
-
-    The mean of the style tokens that the base's style encoder computes from latents [N, 4, h, w] of the artist, given
-    by `draw`; for a base without a style encoder, its null context.
-    """
+    """The start of the prompts of an artist, [tokens, dim]: the mean of the style tokens that the base's style encoder
+    computes from latents [N, 4, h, w] of the artist, given by `draw`; without a style encoder, the null context."""
     if base.style_encoder is None:
         return base.null_context.detach().clone()
     with torch.no_grad():

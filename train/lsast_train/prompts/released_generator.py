@@ -26,11 +26,10 @@ DROPOUT = 0.1
 class GegluGenerator(nn.Module):
     """Matrices [count, tokens, dim] from a constant [dim].
 
-    The names of the parameters are those of the released module, e.g. ``attn1.to_out.0.weight``, ``ff.net.2.bias``;
-    beside them the state holds ``constant``.
+    The names of the parameters are those of the released module; beside them the state holds ``constant``.
 
     Args:
-        constant: e, [dim], never trained: in the release CLIP's embedding of the token ``a`` (docs/method.md §1.2).
+        constant: e, never trained: in the release CLIP's embedding of the token ``a`` (docs/method.md §1.2).
         tokens: rows of a matrix; 1 in the release.
         inner: channels of queries, keys and values, a multiple of `HEADS`.
         hidden: channels of the gated part; 4 dim if None.
@@ -63,11 +62,7 @@ class GegluGenerator(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
     def forward(self, dropout: torch.Generator | None = None) -> torch.Tensor:
-        """The matrices [count, tokens, dim].
-
-        Args:
-            dropout: random numbers of the dropout in training; None leaves dropout out.
-        """
+        """The matrices [count, tokens, dim]; `dropout` as of `PromptSpace.embeddings`."""
         e = self.constant[None, None]  # [1, 1, dim]
         x = e + _drop(self.attn1(self.norm1(e)), dropout)
         x = x + _drop(self.attn2(self.norm2(x), e), dropout)

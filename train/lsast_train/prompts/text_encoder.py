@@ -19,11 +19,9 @@ other letters and of some signs follow."""
 
 
 class PlaceholderEncoder:
-    """A frozen text encoder that takes the embedding of the placeholder.
+    """A frozen CLIPTextModel of transformers that takes the embedding of the placeholder.
 
-    Args:
-        text_encoder: transformers' CLIPTextModel. Its vocabulary ends with BOS and EOS, as CLIP's does; the
-            configuration of Stable Diffusion 1.5 names other ids, so it is not used.
+    Its vocabulary ends with BOS and EOS; the configuration of Stable Diffusion 1.5 names other ids, so it is not used.
     """
 
     def __init__(self, text_encoder: Any) -> None:
@@ -38,17 +36,8 @@ class PlaceholderEncoder:
         """Itself: copies of a prompt space share the frozen encoder."""
         return self
 
-    @property
-    def dim(self) -> int:
-        """Channels of an embedding, and of a context."""
-        return int(self._table.weight.shape[1])
-
     def token_embedding(self, token: int = A_TOKEN) -> torch.Tensor:
-        """The encoder's own embedding of a token, [dim] float32.
-
-        Raises:
-            UsageError: the vocabulary has no such token.
-        """
+        """The encoder's own embedding of a token, [dim] float32; `UsageError` if the vocabulary has none."""
         if not 0 <= token < self.bos:
             raise UsageError(
                 f"found a text encoder of {self.eos + 1} tokens; expected CLIP's vocabulary, which has a token {token}"
@@ -56,24 +45,16 @@ class PlaceholderEncoder:
         word: torch.Tensor = self._table.weight[token].detach().float()
         return word
 
-    def words(self, count: int, alike: bool = False) -> torch.Tensor:
-        """Embeddings [count, dim] to start from: of the words ``a``, ``b``, ``c`` …, or `alike`, of ``a`` each time.
-
-        Unlike rows, because self-attention gives equal rows equal results, and equal gradients for ever.
-        """
-        return torch.stack([self.token_embedding(A_TOKEN + (0 if alike else place)) for place in range(count)])
-
     def contexts(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Embeddings [N, n, dim] of the placeholder to contexts [N, tokens, dim] float32; gradients flow through.
 
-        Raises:
-            UsageError: embeddings of another width, or more tokens than fit between BOS and EOS.
+        `UsageError` for embeddings of another width, or more tokens than fit between BOS and EOS.
         """
-        count, placeholders, dim = embeddings.shape
-        if dim != self.dim or not 1 <= placeholders <= self.tokens - 2:
+        (count, placeholders, dim), width = embeddings.shape, self._table.weight.shape[1]
+        if dim != width or not 1 <= placeholders <= self.tokens - 2:
             raise UsageError(
                 f"found embeddings of {placeholders} tokens of {dim} channels; expected 1 to {self.tokens - 2} tokens "
-                f"of {self.dim} channels for this text encoder"
+                f"of {width} channels for this text encoder"
             )
         ids = torch.full((count, self.tokens), self.eos, device=self._table.weight.device)
         ids[:, 0] = self.bos

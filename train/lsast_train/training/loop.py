@@ -25,7 +25,7 @@ from lsast_engines.environment import peak_memory
 from lsast_engines.errors import TrainingError, fault_list, shape_faults
 from lsast_engines.files import replace_file
 
-from .run import InterruptionError, warn_of_unwritten
+from .run import Evaluation, InterruptionError, warn_of_unwritten
 
 log = logging.getLogger("lsast.train")
 
@@ -46,7 +46,7 @@ class TrainingLoop:
         modules, optimizer: their states are in the checkpoint.
         identity: what a resumed run must have in common with its checkpoint, as JSON values.
         resume: go on from the checkpoint, if it is there.
-        writes: whether this process shows the bar and writes checkpoints: the first one of several.
+        writes: whether this process, the first of several, shows the bar and writes checkpoints.
         device: whose peak memory is told; None for the process's own.
 
     Raises:
@@ -76,7 +76,7 @@ class TrainingLoop:
         """Steps done."""
         self.seconds = 0.0
         """Wall time of `run`, including that of the parts before a resume."""
-        self.history: list[dict[str, Any]] = []
+        self.history: list[Evaluation] = []
         """A record of each evaluation, as JSON values."""
         self.losses = [0.0, 0]
         """Sum and number of the losses since the last evaluation."""
@@ -129,11 +129,8 @@ class TrainingLoop:
 
     @contextlib.contextmanager
     def finishing(self, result: Path) -> Iterator[None]:
-        """Remove the checkpoint after the block, which writes the `result` of a finished run; keep one if it fails.
-
-        Raises:
-            TrainingError: the result cannot be written; it says whether a checkpoint could be.
-        """
+        """Remove the checkpoint after the block, which writes the `result` of a finished run; keep one, and raise a
+        `TrainingError`, if it cannot be written."""
         try:
             yield
         except OSError as error:
@@ -145,6 +142,13 @@ class TrainingLoop:
             ) from error
         self.checkpoint.unlink(missing_ok=True)
 
+    def record(self, held_out: list[float], training: list[float], loss: float | None) -> Evaluation:
+        """Append what was measured after the last step to `history`."""
+        lr = self.options.learning_rate(self.step - 1) if self.step else None
+        row = {"step": self.step, "held_out": held_out, "training": training, "loss": loss, "learning_rate": lr}
+        self.history.append(row)
+        return row
+
     def write_log(self, path: Path) -> None:
         """Write the options of the run and `history` as JSON; only a warning tells if that fails."""
         with warn_of_unwritten(), replace_file(path) as handle:
@@ -153,9 +157,7 @@ class TrainingLoop:
     def descend(self, loss: torch.Tensor, lr: float, clip: float | None = None) -> float:
         """Take a step of the optimiser down the gradient of a scalar loss, which has to be finite; returns its value.
 
-        Args:
-            lr: see `set_learning_rate`.
-            clip: largest norm of the gradient of all weights.
+        `lr` is that of `set_learning_rate`, `clip` the largest norm of the gradient of all weights.
         """
         value: float = loss.item()
         require_finite(value, self.step)
@@ -237,21 +239,14 @@ class TrainingLoop:
 def load_modules(tensors: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module], heading: str) -> None:
     """Load into each of `modules` its part of `tensors`, whose names begin with that of the module.
 
-    Raises:
-        TrainingError: tensors that are missing, of another shape, or not expected, all of them below `heading`.
+    `TrainingError` with `heading` and the `shape_faults` of all.
     """
-    states = {
-        name: {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-        for name in modules
-    }
-    faults = [
-        f"{name}.{fault}"
-        for name, module in modules.items()
-        for fault in shape_faults(
-            {key: value.shape for key, value in states[name].items()},
-            {key: value.shape for key, value in module.state_dict().items()},
-        )
-    ]
+    states, faults = {}, []
+    for name, module in modules.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        found, wanted = ({key: value.shape for key, value in state.items()} for state in (own, module.state_dict()))
+        faults += [f"{name}.{fault}" for fault in shape_faults(found, wanted)]
+        states[name] = own
     if faults:
         raise TrainingError(fault_list(heading, faults))
     for name, module in modules.items():

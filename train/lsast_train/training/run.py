@@ -79,8 +79,7 @@ class RunFiles:
             overwrite: whether it may replace the result of a finished run, if it does not go on.
 
         Raises:
-            UsageError: a name that is no file name, or a size that the base cannot take; all faults at once. Or a
-                folder that cannot be written.
+            UsageError: a name that is no file name, and a size that the base cannot take; or an unwritable folder.
             TrainingError: a checkpoint that is missing, or in the way; a result that is not to be replaced.
         """
         faults = style_name_faults(self.name)
@@ -104,12 +103,8 @@ class RunFiles:
     def reserved(
         self, size: int, multiple: int, resume: bool, overwrite: bool = True, writes: bool = True
     ) -> Iterator[None]:
-        """`require`, and refuse other runs while the block runs; of several processes only that which `writes` locks.
-
-        Raises:
-            UsageError, TrainingError: as `require`; or another run is at it.
-            OSError: the folder cannot be written.
-        """
+        """`require`, and refuse other runs with a `TrainingError` while the block runs; of several processes only that
+        which `writes` locks."""
         self.require(size, multiple, resume, overwrite)
         if not writes:
             yield
@@ -132,7 +127,6 @@ class RunResult:
     """The result of a finished run."""
 
     file: Path
-    """The prompt file or style file."""
     curve: Path
     steps: int
     best_step: int
@@ -151,20 +145,15 @@ two are None at step 0."""
 
 
 class LossCurve:
-    """The evaluations of a run. Over-fitting is where the training curve falls and the held-out curve rises.
-
-    Args:
-        evaluations: the first one at step 0: the initial prompts.
-    """
+    """The evaluations of a run, from step 0 on, the initial prompts. It over-fits where the training curve falls and
+    the held-out curve rises."""
 
     def __init__(self, evaluations: list[Evaluation]) -> None:
         self.evaluations = evaluations
 
     def relative(self, evaluation: Evaluation, part: str = "held_out") -> float:
-        """The loss relative to that of the initial prompts, stage by stage, then averaged.
-
-        Losses differ a hundredfold between stages; a plain mean would let the clean end decide alone.
-        """
+        """The loss relative to that of the initial prompts, stage by stage, then averaged: losses differ a hundredfold
+        between stages, and a plain mean would let the clean end decide alone."""
         initial: list[float] = self.evaluations[0][part]
         return float(sum(new / old for new, old in zip(evaluation[part], initial, strict=True)) / len(initial))
 
@@ -173,11 +162,9 @@ class LossCurve:
         return min(self.evaluations[first:], key=self.relative)
 
     def save(self, path: Path, facts: dict[str, Any], stages: Sequence[int] | None = None) -> None:
-        """Write ``path`` (JSON) and the same name with ``.png``, both whole; only a warning tells if that fails.
+        """Write ``path`` (JSON with `facts`) and the same name with ``.png``; only a warning tells if that fails.
 
-        Args:
-            facts: more to tell there; ``name`` is the picture's title.
-            stages: numbers of the stages that the losses are of; None is 0, 1, 2 …
+        `stages` are the numbers of the stages that the losses are of; None is 0, 1, 2 …
         """
         best = self.best()
         rows = [
@@ -222,8 +209,7 @@ def versions() -> dict[str, str]:
 def find_device(name: str | None) -> torch.device:
     """The device that torch calls `name`; None and ``auto`` are a GPU of CUDA if one is there, or else the CPU.
 
-    Raises:
-        UsageError: it is not there.
+    `UsageError` if it is not there.
     """
     import torch
 
