@@ -24,8 +24,8 @@ from .images.canvas import Canvas, Pixels, Previewer, released_edge_input, resiz
 from .images.mask import composite, keep_colour, read_mask, to_latent_mask
 from .options.options import Options, current_options, rules
 from .options.style_mix import Mix, Term, syntax_error
-from .sampling.batch import MixedStyle, Palette, Sample, X0Blend
 from .sampling.networks import Floats
+from .sampling.sampler import MixedStyle, Palette, Sample, X0Blend
 from .sampling.tiling import WHOLE_UP_TO, TileGrid
 from .sessions.native_calls import native_call
 
@@ -193,7 +193,7 @@ def resolve_options(
         raise UsageError(fault_list(Lines(error), [*dict.fromkeys(faults)])) from None
     if faults:
         raise UsageError(fault_list("invalid options:", [*dict.fromkeys(faults)]))
-    Mix.parse(options.style).check_stages(manifest.stages)
+    Mix.parse(options.style, manifest.stages)
     require_graphs(bundle, options)
     make_schedule(bundle, options)
     return options, styles

@@ -26,8 +26,8 @@ from .options.options import Options, PresetName, SolverName, preset_options, ru
 from .request import Request, graphs_of, resolve_options
 from .result import Result
 from .sampling import networks, sampler, tiling
-from .sampling.batch import Batch
-from .sampling.networks import CachedDenoiser, CheckedEngine, Floats, Pixels
+from .sampling.networks import CachedDenoiser, CheckedEngine, Denoiser, Floats, Networks, Pixels
+from .sampling.sampler import Batch
 from .sessions import batching
 from .sessions.cancel import CancelToken
 from .sessions.engine_pool import STYLE_MEMORY, EnginePool
@@ -226,7 +226,7 @@ class Stylizer:
             CancelledError: `cancel` was cancelled.
         """
         given = {name: value for name, value in locals().items() if name in rules()} | earlier
-        return self.paint([self._request(picture, {**given, "mask": mask})], on_step, cancel)[0]
+        return self._paint([self._request(picture, {**given, "mask": mask})], on_step, cancel)[0]
 
     def request(self, picture: Picture, *, mask: Picture | None = None, **options: Any) -> Request:
         """Read a picture: the first half of `stylize`, which needs no engine, so that threads do it side by side.
@@ -262,15 +262,18 @@ class Stylizer:
             raise UsageError(
                 f"found requests that differ in {', '.join(unlike)}; expected one batch_key: paint them in two calls"
             )
+        return self._paint(requests, on_step, cancel)
+
+    @enough_memory("to paint")
+    def _paint(self, requests: Sequence[Request], on_step: OnStep | None, cancel: CancelToken | None) -> list[Result]:
+        """Paint requests of this bundle, all of one `batch_key`."""
         if not (on_step is None or callable(on_step)):
             raise UsageError(f"found {type(on_step).__name__} as on_step; expected a function of three arguments")
         if not isinstance(cancel, (CancelToken, type(None))):
             raise UsageError(f"found {type(cancel).__name__} as cancel; expected a lsast.CancelToken")
-        with enough_memory("to paint"):
-            return self._paint(requests, on_step, cancel) if requests else []
-
-    def _paint(self, requests: Sequence[Request], on_step: OnStep | None, cancel: CancelToken | None) -> list[Result]:
-        first, many = requests[0], len(requests)
+        if not requests:
+            return []
+        first = requests[0]
         times: list[float] = []
         previewers: list[Previewer] = []
 
@@ -300,7 +303,7 @@ class Stylizer:
         phases = {"encode": times[1] - times[0], "denoise": times[-2] - times[1], "decode": times[-1] - times[-2]}
         results = []
         for request, canvas, provenance in zip(requests, painted, provenances, strict=True):
-            request.seconds |= {phase: seconds / many for phase, seconds in phases.items()}
+            request.seconds |= {phase: seconds / len(requests) for phase, seconds in phases.items()}
             image = request.compose(canvas)
             results.append(Result(image, request.seconds, request.options, provenance, self.choice))
         return results
@@ -354,7 +357,7 @@ class Stylizer:
         return batching.stream(
             batching.jobs(pictures, styles, rows),
             read=lambda picture, own: self._request(picture, {**options, **own}),
-            paint=lambda requests: self.paint(requests, None, cancel),
+            paint=lambda requests: self._paint(requests, None, cancel),
             batch=batch,
         )
 
@@ -386,7 +389,7 @@ class Stylizer:
             raise UsageError(f"found {type(temporal).__name__} as temporal; expected a TemporalState, or None")
         temporal = temporal or TemporalState()
         for frame in frames:
-            yield self.paint([self._request(frame, {**options, "style": style}, temporal)], on_step, cancel)[0]
+            yield self._paint([self._request(frame, {**options, "style": style}, temporal)], on_step, cancel)[0]
 
     def provenance(self, picture: Picture, style: str | None = None, **options: Any) -> Provenance:
         """What the painting of a picture would be made of; arguments and errors as of `stylize`, nothing is painted."""
@@ -422,7 +425,7 @@ class Stylizer:
     def _resolve(self, given: Mapping[str, Any]) -> tuple[Options, dict[str, StyleFile]]:
         return resolve_options(self.bundle, given, self._preset, self._pool.styles.get)
 
-    def _networks(self, request: Request, cancel: CancelToken | None) -> sampler.Networks:
+    def _networks(self, request: Request, cancel: CancelToken | None) -> Networks:
         """The networks that paint a request: tiled if its canvas is large, cached if its options say so."""
         manifest, grid, interval = self.bundle.manifest, request.grid, request.options.cache_interval
         denoisers, decoder = graphs_of(request.options)
@@ -430,7 +433,7 @@ class Stylizer:
         def graph(name: str) -> CheckedEngine:
             return CheckedEngine(self._pool.engine(name), partial(self._pool.check, cancel))
 
-        def denoiser() -> sampler.Denoiser:
+        def denoiser() -> Denoiser:
             return whole or CachedDenoiser(graphs, interval, manifest.noise)
 
         def decode_once(latents: Floats) -> Pixels:
@@ -452,7 +455,7 @@ class Stylizer:
         whole = networks.GraphDenoiser(graphs[DENOISER]) if interval == 1 else None
         encode = partial(networks.encode, graph(VAE_ENCODER))
         cond = partial(networks.embed_edges, graph(CONTROLNET_COND))
-        return sampler.Networks(
+        return Networks(
             vae_encoder=tiling.tiled_encoder(encode, grid) if grid else encode,
             controlnet_cond=tiling.tiled_encoder(cond, grid) if grid else cond,
             denoiser=tiling.TiledDenoiser(denoiser, grid) if grid else denoiser(),

@@ -1,14 +1,16 @@
-"""The graphs of a bundle as the networks that `sampler.sample` runs."""
+"""The networks that `sampler.sample` runs, and the graphs of a bundle as these."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lsast_engines.backends.base import Engine, Feeds
 from lsast_engines.bundle.graph_spec import CONTROLNET, UNET_FULL, UNET_OUTER
-from lsast_engines.bundle.style import StageKV
 from lsast_engines.diffusion import NoiseSchedule
 from lsast_engines.errors import BackendError
 
@@ -16,6 +18,32 @@ Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 Sigmas = npt.NDArray[np.float64]
 """sigma_t = sqrt(1 - abar_t), the share of noise in z_t."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """The networks of a base. In the shapes, H and W are in pixels, h and w in latent cells."""
+
+    vae_encoder: Callable[[Pixels], Floats]
+    """Pictures [B, H, W, 3] → mean and standard deviation of their latents, [2, B, 4, h, w]."""
+    controlnet_cond: Callable[[Pixels], Floats]
+    """Edges [B, H, W] of 0 and 1 → what the ControlNet reads of them, [B, C, h, w]."""
+    denoiser: Denoiser
+    vae_decoder: Callable[[Floats], Pixels]
+    """Latents [B, 4, h, w] → pictures [B, H, W, 3]."""
+    latent_scale: np.float32
+    """The denoiser's latents are the autoencoder's times this."""
+
+
+class Denoiser(Protocol):
+    """U-Net and ControlNet. One object serves one run of `sample`, whose steps it is called for in their order."""
+
+    def __call__(self, feeds: Feeds) -> Floats:
+        """Predict the noise: the inputs of the graph `denoiser` (`lsast_engines.bundle.graph_spec`), in which `hint` is
+        what `Networks.controlnet_cond` gave → eps [G, B, 4, h, w]; G is 2 with guidance, null first, else 1."""
+
+    def release_memory(self) -> None:
+        """Give working memory back until the next call, see `Engine.release_memory`."""
 
 
 class NotFiniteError(BackendError):
@@ -60,15 +88,14 @@ class GraphDenoiser:
     def __init__(self, graph: CheckedEngine) -> None:
         self._graph = graph
 
-    def __call__(
-        self, latent: Floats, timestep: npt.NDArray[np.int64], hint: Floats, style: StageKV, control_scale: Floats
-    ) -> Floats:
+    def __call__(self, feeds: Feeds) -> Floats:
         """See `Denoiser.__call__`."""
-        inputs, engine = {"hint": hint, "control_scale": control_scale, **style._asdict()}, self._graph.engine
+        engine, changing = self._graph.engine, ("latent", "timestep")
+        kept = {name: value for name, value in feeds.items() if name not in changing}
         # Another painting may have bound its own since the last step.
-        if changed := {name: value for name, value in inputs.items() if engine.bound.get(name) is not value}:
-            engine.bind_inputs(changed)
-        return self._graph({"latent": latent, "timestep": timestep})["eps"]
+        if unbound := {name: value for name, value in kept.items() if engine.bound.get(name) is not value}:
+            engine.bind_inputs(unbound)
+        return self._graph({name: feeds[name] for name in changing})["eps"]
 
     def release_memory(self) -> None:
         """See `Denoiser.release_memory`."""
@@ -124,19 +151,15 @@ class CachedDenoiser:
         self._cached: list[tuple[Sigmas, dict[str, Floats]]] = []
         """Of the last two full steps sigma [B], and copies of the residuals [B, …] and the feature [G, B, C, h, w]."""
 
-    def __call__(
-        self, latent: Floats, timestep: npt.NDArray[np.int64], hint: Floats, style: StageKV, control_scale: Floats
-    ) -> Floats:
+    def __call__(self, feeds: Feeds) -> Floats:
         """See `Denoiser.__call__`."""
         full = self._step % self._interval == 0
         self._step += 1
-        sigmas = self._sigmas[timestep]
-        inputs = {"latent": latent, "timestep": timestep, "hint": hint, "control_scale": control_scale,
-                  **style._asdict()}  # fmt: skip
+        sigmas = self._sigmas[feeds["timestep"]]
         if not full:
-            return self._run(UNET_OUTER, {**inputs, **self._extrapolated(sigmas)})["eps"]
-        residuals = self._run(CONTROLNET, inputs)
-        outputs = self._run(UNET_FULL, {**inputs, **residuals})
+            return self._run(UNET_OUTER, {**feeds, **self._extrapolated(sigmas)})["eps"]
+        residuals = self._run(CONTROLNET, feeds)
+        outputs = self._run(UNET_FULL, {**feeds, **residuals})
         copied = {name: value.copy() for name, value in {**residuals, "feature": outputs["feature"]}.items()}
         self._cached = [*self._cached[-1:], (sigmas, copied)]
         return outputs["eps"]
@@ -149,10 +172,10 @@ class CachedDenoiser:
         share = ((sigmas - last_at) / (last_at - before_at)).astype(np.float32)[:, None, None, None]
         return {name: value + share * (value - before[name]) for name, value in last.items()}
 
-    def _run(self, name: str, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, Floats]:
-        """Run a graph on those of `inputs` that it takes."""
+    def _run(self, name: str, feeds: Feeds) -> dict[str, Floats]:
+        """Run a graph on those of `feeds` that it takes."""
         graph = self._graphs[name]
-        return graph({tensor.name: inputs[tensor.name] for tensor in graph.engine.spec.inputs})
+        return graph({tensor.name: feeds[tensor.name] for tensor in graph.engine.spec.inputs})
 
     def release_memory(self) -> None:
         """See `Denoiser.release_memory`; what is cached goes, too."""
