@@ -26,7 +26,7 @@ from .options.options import Options, PresetName, SolverName, preset_options, ru
 from .request import Request, graphs_of, resolve_options
 from .result import Result
 from .sampling import networks, sampler, tiling
-from .sampling.networks import CachedDenoiser, CheckedEngine, Denoiser, Floats, Networks, Pixels
+from .sampling.networks import CachedDenoiser, CheckedEngine, Denoiser, Floats, GraphDenoiser, Networks, Pixels
 from .sampling.sampler import Batch
 from .sessions import batching
 from .sessions.cancel import CancelToken
@@ -230,9 +230,7 @@ class Stylizer:
 
     def request(self, picture: Picture, *, mask: Picture | None = None, **options: Any) -> Request:
         """Read a picture: the first half of `stylize`, which needs no engine, so that threads do it side by side.
-
-        Arguments and errors as of `stylize`.
-        """
+        Arguments and errors as of `stylize`."""
         return self._request(picture, {**options, "mask": mask})
 
     def paint(
@@ -240,16 +238,14 @@ class Stylizer:
     ) -> list[Result]:
         """Paint a batch: the second half of `stylize`, and all of it that needs the engines.
 
-        `on_step` is called once a step for the batch, and `cancel` ends all of it. Errors as of `stylize`.
+        `on_step` is called once a step for the batch, and `cancel` ends all of it. Errors as of `stylize`; a
+        `UsageError` for requests of more than one `batch_key`, or of another bundle.
 
         Args:
             requests: from `request`, all of one `batch_key`.
 
         Returns:
             The paintings in the order of the requests. The `seconds` of a batch are divided by its pictures.
-
-        Raises:
-            UsageError: requests of more than one `batch_key`, or of another bundle.
         """
         batching.require_iterable("requests", requests)
         requests = [*requests]
@@ -310,10 +306,8 @@ class Stylizer:
 
     async def stylize_async(self, picture: Picture, style: str | None = None, **options: Any) -> Result:
         """`stylize` for asyncio: it does not block the event loop, and cancelling the task cancels the painting.
-
         Arguments and errors as of `stylize`, but no `cancel`; `on_step` is called in another thread, from which
-        `loop.call_soon_threadsafe` leads back.
-        """
+        `loop.call_soon_threadsafe` leads back."""
         if options.get("cancel") is not None:
             raise UsageError("found cancel in stylize_async; expected none: cancel the task instead")
         paint = partial(self.stylize, picture, style, **options)
@@ -371,16 +365,13 @@ class Stylizer:
         cancel: CancelToken | None = None,
         **options: Any,
     ) -> Iterator[Result]:
-        """Repaint the frames of a video, each so that it follows the painting of the frame before.
-
-        The other arguments are those of `stylize`, with `on_step` called for every frame; an error ends the stream.
+        """Repaint the frames of a video, each so that it follows the painting of the frame before; yields a painting
+        before the next frame is read. The other arguments are those of `stylize`, with `on_step` called for every
+        frame; an error ends the stream.
 
         Args:
             frames: in their order; a frame of another size than the one before starts anew.
             temporal: the frame before and its painting; None starts a video. One state serves one video.
-
-        Yields:
-            The paintings, each before the next frame is read.
         """
         from .video.optical_flow import TemporalState
 
@@ -398,11 +389,9 @@ class Stylizer:
             return self._provenance(request)
 
     def close(self) -> None:
-        """End the paintings under way and free the memory of the engines; the stylizer cannot paint any more.
-
-        Paintings of other threads, queued ones too, end within one run of a graph with `UsageError`. Any thread and any
-        callback may call it, and more than once.
-        """
+        """End the paintings under way and free the memory of the engines; the stylizer cannot paint any more. Paintings
+        of other threads, queued ones too, end within one run of a graph with `UsageError`. Any thread and any callback
+        may call it, and more than once."""
         self._pool.close()
 
     def __enter__(self) -> Stylizer:
@@ -434,7 +423,7 @@ class Stylizer:
             return CheckedEngine(self._pool.engine(name), partial(self._pool.check, cancel))
 
         def denoiser() -> Denoiser:
-            return whole or CachedDenoiser(graphs, interval, manifest.noise)
+            return CachedDenoiser(graphs, interval, manifest.noise) if interval > 1 else GraphDenoiser(graphs[DENOISER])
 
         def decode_once(latents: Floats) -> Pixels:
             decode_rgb = partial(networks.decode_rgb, graph(decoder))
@@ -452,7 +441,6 @@ class Stylizer:
             return decode_once(latents)
 
         graphs = {name: graph(name) for name in denoisers}
-        whole = networks.GraphDenoiser(graphs[DENOISER]) if interval == 1 else None
         encode = partial(networks.encode, graph(VAE_ENCODER))
         cond = partial(networks.embed_edges, graph(CONTROLNET_COND))
         return Networks(
@@ -481,8 +469,8 @@ class Stylizer:
 
 
 def first_graphs(bundle: Bundle, options: Mapping[str, Any]) -> list[str]:
-    """The graphs to open before the first picture, for options of all pictures; `REQUIRED_GRAPHS` if the bundle lacks
-    one of them."""
+    """The graphs that paint pictures with `options`, which are opened before the first; `REQUIRED_GRAPHS` if the bundle
+    lacks one."""
     denoisers, decoder = graphs_of({**preset_options(options.get("preset")), **options})
     names = (VAE_ENCODER, CONTROLNET_COND, *denoisers, decoder)
     return list(names if bundle.manifest.graphs.keys() >= {*names} else REQUIRED_GRAPHS)

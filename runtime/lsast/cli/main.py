@@ -182,7 +182,12 @@ def main(
 
     with log_to_stderr(logging.WARNING):
         if origin is not None:
-            _repeat(origin, (*paths, *filter(None, [out])), where, options)
+            from .repeat import repeat
+
+            source_of = click.get_current_context().get_parameter_source
+            given = {name: value for name, value in where.items() if source_of(name) is not ParameterSource.DEFAULT}
+            files = [Path(path) for path in (*paths, *filter(None, [out]))]
+            print_result(*repeat(Path(origin), files, given, options))
             return
         if "mask" in options:  # read once for all pictures, and before them
             from lsast_engines.images import read_picture
@@ -199,13 +204,3 @@ def main(
             if plan.left_out and not quiet():
                 echo(f"left out, by their suffixes no pictures: {plan.left_out}", err=True)
             run.paint_several(plan.jobs, plan.failures, where, options, overwrite)
-
-
-def _repeat(origin: str, paths: tuple[str, ...], where: dict[str, Any], options: dict[str, Any]) -> None:
-    """Verify and repeat a painting."""
-    from .repeat import repeat
-
-    source_of = click.get_current_context().get_parameter_source
-    given = {name: value for name, value in where.items() if source_of(name) is not ParameterSource.DEFAULT}
-    report, line = repeat(Path(origin), [Path(path) for path in paths], given, options)
-    print_result(report, line)

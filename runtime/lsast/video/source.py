@@ -224,12 +224,12 @@ def _deinterlaced(frames: Iterator[VideoFrame], stream: VideoStream) -> Iterator
     graph = pyav().filter.Graph()
     buffer = graph.add_buffer(width=first.width, height=first.height, format=first.format, time_base=stream.time_base)
     graph.link_nodes(buffer, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink"))
-    graph.configure()
     yield from filtered(graph, chain([first], frames))
 
 
 def filtered(graph: Any, frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
-    """What a configured filter graph of FFmpeg makes of the frames, to the last."""
+    """What a filter graph of FFmpeg makes of the frames, to the last."""
+    graph.configure()
     for frame in chain(frames, [None]):
         graph.vpush(frame)
         with contextlib.suppress(BlockingIOError, EOFError):
