@@ -35,8 +35,6 @@ from .sessions.engine_pool import STYLE_MEMORY, EnginePool
 if TYPE_CHECKING:
     from PIL import Image
 
-    from lsast_engines.bundle.style import StyleFile
-
     from .images.canvas import Previewer
     from .request import Picture
     from .video.optical_flow import TemporalState
@@ -167,7 +165,7 @@ class Stylizer:
 
     def resolve(self, **options: Any) -> Options:
         """Complete the options of a call; arguments and errors as of `stylize`."""
-        return self._resolve(options)[0]
+        return resolve_options(self.bundle, options, self._preset, self._pool.styles.get)[0]
 
     def stylize(
         self,
@@ -407,12 +405,9 @@ class Stylizer:
     def _request(self, picture: Picture, given: Mapping[str, Any], temporal: TemporalState | None = None) -> Request:
         """Resolve the options of a picture, among which `given` may have its mask, open its styles and read it."""
         self._pool.check(None)
-        options, styles = self._resolve(given)
+        options, styles = resolve_options(self.bundle, given, self._preset, self._pool.styles.get)
         with enough_memory("to lay out the picture"):
             return Request(self.bundle, picture, options, styles, given.get("mask"), temporal, self.max_megapixels)
-
-    def _resolve(self, given: Mapping[str, Any]) -> tuple[Options, dict[str, StyleFile]]:
-        return resolve_options(self.bundle, given, self._preset, self._pool.styles.get)
 
     def _networks(self, request: Request, cancel: CancelToken | None) -> Networks:
         """The networks that paint a request: tiled if its canvas is large, cached if its options say so."""
