@@ -447,7 +447,6 @@ class Stylizer:
         )
 
     def _provenance(self, request: Request) -> Provenance:
-        """What the painting of a request is made of."""
         engine = self._pool.engine(graphs_of(request.options)[0][0])
         return Provenance(
             bundle=self.bundle.manifest.name,

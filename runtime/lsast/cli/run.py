@@ -92,8 +92,7 @@ def paint_several(
     Args:
         jobs: a tuple, or endless for watched folders, which an interrupt ends.
         failures: what cannot be painted, by the name of its file, and why; those of the jobs are added.
-        where: arguments of `lsast.load`, which is called before the first file that is painted.
-        options: keywords of `Stylizer.stylize`.
+        where, options: arguments of `lsast.load`, which is called before the first painting, and of `stylize`.
         overwrite: paint those again whose painting exists.
     """
     count = len(jobs) if isinstance(jobs, tuple) else None

@@ -50,18 +50,17 @@ class NotFiniteError(BackendError):
     """A graph gave a NaN or an infinity: fp16 overflows at 65504."""
 
 
+@dataclass(frozen=True)
 class CheckedEngine:
     """An engine whose outputs are checked."""
 
-    def __init__(self, engine: Engine, before_run: Callable[[], None] | None = None) -> None:
-        """Wrap an engine; an exception of `before_run`, which is called before each run, ends the painting."""
-        self.engine = engine
-        self._before_run = before_run
+    engine: Engine
+    before_run: Callable[[], None] = lambda: None
+    """Called before each run; an exception that it raises ends the painting."""
 
     def __call__(self, feeds: Feeds) -> dict[str, Floats]:
         """Run on `feeds` and what is bound; the next run may overwrite the outputs. Raises `NotFiniteError`."""
-        if self._before_run:
-            self._before_run()
+        self.before_run()
         outputs = self.engine(feeds)
         for name, values in outputs.items():
             if not np.isfinite(values).all():
@@ -82,24 +81,24 @@ class CheckedEngine:
         self.engine.release_memory()
 
 
+@dataclass(frozen=True)
 class GraphDenoiser:
     """The graph `denoiser`: U-Net and ControlNet in one. Inputs that stay the same object are bound once."""
 
-    def __init__(self, graph: CheckedEngine) -> None:
-        self._graph = graph
+    graph: CheckedEngine
 
     def __call__(self, feeds: Feeds) -> Floats:
         """See `Denoiser.__call__`."""
-        engine, changing = self._graph.engine, ("latent", "timestep")
-        kept = {name: value for name, value in feeds.items() if name not in changing}
+        kept, bound = {**feeds}, self.graph.engine.bound
+        changing = {name: kept.pop(name) for name in ("latent", "timestep")}
         # Another painting may have bound its own since the last step.
-        if unbound := {name: value for name, value in kept.items() if engine.bound.get(name) is not value}:
-            engine.bind_inputs(unbound)
-        return self._graph({name: feeds[name] for name in changing})["eps"]
+        if unbound := {name: value for name, value in kept.items() if bound.get(name) is not value}:
+            self.graph.engine.bind_inputs(unbound)
+        return self.graph(changing)["eps"]
 
     def release_memory(self) -> None:
         """See `Denoiser.release_memory`."""
-        self._graph.engine.release_memory()
+        self.graph.engine.release_memory()
 
 
 def encode(graph: CheckedEngine, pictures: Pixels) -> Floats:

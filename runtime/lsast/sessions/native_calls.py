@@ -16,8 +16,6 @@ from lsast_engines.errors import UsageError
 
 
 class _Calls:
-    """The native calls of one process."""
-
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.depths: Counter[int] = Counter()
