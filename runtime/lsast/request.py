@@ -24,8 +24,8 @@ from .images.canvas import Canvas, Pixels, Previewer, released_edge_input, resiz
 from .images.mask import composite, keep_colour, read_mask, to_latent_mask
 from .options.options import Options, current_options, rules
 from .options.style_mix import Mix, Term, syntax_error
+from .sampling.batch import MixedStyle, Palette, Sample, X0Blend
 from .sampling.networks import Floats
-from .sampling.sampler import MixedStyle, Palette, Sample, X0Blend
 from .sampling.tiling import WHOLE_UP_TO, TileGrid
 from .sessions.native_calls import native_call
 

@@ -26,8 +26,8 @@ from .options.options import Options, PresetName, SolverName, preset_options, ru
 from .request import Request, graphs_of, resolve_options
 from .result import Result
 from .sampling import networks, sampler, tiling
+from .sampling.batch import Batch
 from .sampling.networks import CachedDenoiser, CheckedEngine, Denoiser, Floats, GraphDenoiser, Networks, Pixels
-from .sampling.sampler import Batch
 from .sessions import batching
 from .sessions.cancel import CancelToken
 from .sessions.engine_pool import STYLE_MEMORY, EnginePool

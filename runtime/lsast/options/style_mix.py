@@ -8,7 +8,7 @@
     vangogh@0-4+monet@5-9          by stage of the noise schedule, both ends included, 0 next to the clean picture
     vangogh:0.7@up+monet@0-4       each term with a weight, a group and a range of stages, or without
 
-`lsast.sampling.sampler` says what a mix means.
+`lsast.sampling.batch` says what a mix means.
 """
 
 from __future__ import annotations

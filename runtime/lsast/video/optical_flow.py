@@ -18,8 +18,8 @@ import numpy.typing as npt
 from lsast_engines.images import import_opencv
 
 from ..images.canvas import Pixels
+from ..sampling.batch import X0Blend
 from ..sampling.networks import Floats, to_pixels
-from ..sampling.sampler import X0Blend
 
 cv2 = import_opencv()
 

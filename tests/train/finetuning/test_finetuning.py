@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lsast.sampling.sampler import Palette
+from lsast.sampling.batch import Palette
 from lsast_engines.bundle.style import decode_defaults
 from lsast_engines.diffusion import TimestepSchedule
 from lsast_train.base.base import Base
