@@ -52,11 +52,8 @@ class Request:
         """Read the picture, lay it on its canvas and find its edges. `styles` are the open styles that the options
         name, `temporal` the frame before and its painting, of a video. Raises a `PictureError` if the picture or the
         mask cannot be read, or they differ in size."""
-        manifest = bundle.manifest
-        self.options = options
-        self.styles = styles
+        self.bundle, self.options, self.styles = bundle, options, styles
         self.seconds: dict[str, float] = {}
-        self.bundle = bundle
         self._temporal = temporal
         self._schedule = make_schedule(bundle, options)
         with self._timed("read"):
@@ -64,15 +61,14 @@ class Request:
             rgb, alpha = self.source.rgb, self.source.alpha
             rgb = rgb if options.alpha == "keep" else on_white(rgb, alpha)
             self.mask = None if mask is None else read_mask(mask, self.source.size, options.feather, max_megapixels)
-            self._canvas = Canvas.fit(self.source.size, options.size, manifest.multiple, options.fit)
+            self._canvas = Canvas.fit(self.source.size, options.size, bundle.manifest.multiple, options.fit)
             self._rgb = resize(rgb, self._canvas.own)
             self._alpha, self._mask = (
                 None if plane is None else resize(plane, self._canvas.own) for plane in (alpha, self.mask)
             )
             with native_call():
                 self._content = self._canvas.pad(self._rgb)
-                stretched = options.fit == "stretch"
-                edge_input = released_edge_input(rgb, self._canvas.own) if stretched else self._content
+                edge_input = released_edge_input(rgb, self._canvas.own) if options.fit == "stretch" else self._content
         with self._timed("edges"), native_call():
             self._edges = canny_edges(edge_input)
 
@@ -162,10 +158,9 @@ class Request:
 def resolve_options(
     bundle: Bundle, given: Mapping[str, Any], preset: str | None, open_style: Callable[[str], StyleFile]
 ) -> tuple[Options, dict[str, StyleFile]]:
-    """The complete options of a call with the arguments `given`, and the open styles that they name. Raises a
-    `UsageError` that names all invalid options, an unknown style, or steps that the solver does not allow; a
-    `StyleError` where a style's file is damaged, or was made for another base; a `BundleError` where the bundle lacks
-    graphs that the options need."""
+    """The complete options of a call with the arguments `given`, and the open styles that they name. A `UsageError`
+    names all invalid options and unknown styles, or steps that the solver does not allow; a `BundleError` graphs that
+    the options need and the bundle lacks. Errors of `open_style` are raised, too."""
     given, manifest = current_options({name: given[name] for name in given if name != "mask"}), bundle.manifest
     names = f"; expected {', '.join(rules())}"
     faults = [f"{name}: unknown{did_you_mean(name, rules()) or names}" for name in given if name not in rules()]
@@ -193,7 +188,7 @@ def resolve_options(
         raise UsageError(fault_list(Lines(error), [*dict.fromkeys(faults)])) from None
     if faults:
         raise UsageError(fault_list("invalid options:", [*dict.fromkeys(faults)]))
-    Mix.parse(options.style).check_stages(manifest.stages)
+    Mix.parse(options.style, manifest.stages)
     require_graphs(bundle, options)
     make_schedule(bundle, options)
     return options, styles

@@ -56,11 +56,8 @@ class Result:
         return buffer.getvalue()
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        """The pixels [H, W, 3] in the order RGB, or [H, W, 4] with transparency, uint8 unless `dtype` says otherwise.
-
-        Raises:
-            ValueError: `copy` is False; the array is always a new one.
-        """
+        """The pixels [H, W, 3] in the order RGB, or [H, W, 4] with transparency, uint8 unless `dtype` says otherwise. A
+        `ValueError` for `copy` False: the array is always a new one."""
         if copy is False:
             raise ValueError("found copy=False; expected True or None: the array is always a new one")
         return np.array(self.image, dtype=dtype)
@@ -69,11 +66,7 @@ class Result:
         """Write PNG, JPEG, WebP, AVIF or TIFF, by the suffix: whole or not at all, replacing an existing file.
 
         The file holds `provenance` and `options`, so that equal paintings are equal files. JPEG has no transparency: a
-        transparent painting is composited on white, with a warning.
-
-        Args:
-            path: the file.
-            seconds: write `seconds` into it, too.
+        transparent painting is composited on white, with a warning. With `seconds`, these are written, too.
 
         Raises:
             UsageError: another suffix, or `path` is a folder.
@@ -109,9 +102,8 @@ class Result:
         name, arguments = form.name, form.save_args
         image = self.image
         if name == "JPEG" and image.mode == "RGBA":
-            _log.warning(
-                "%s: JPEG has no transparency; the painting is composited on white (other formats keep it)", path
-            )
+            fault = "JPEG has no transparency; the painting is composited on white (other formats keep it)"
+            _log.warning("%s: %s", path, fault)
             pixels = np.asarray(image)
             image = Image.fromarray(on_white(pixels[:, :, :3], pixels[:, :, 3]))
         if self.provenance:

@@ -27,15 +27,13 @@ from .request import Request, graphs_of, resolve_options
 from .result import Result
 from .sampling import networks, sampler, tiling
 from .sampling.batch import Batch
-from .sampling.networks import CachedDenoiser, CheckedEngine, Floats, Pixels
+from .sampling.networks import CachedDenoiser, CheckedEngine, Denoiser, Floats, GraphDenoiser, Networks, Pixels
 from .sessions import batching
 from .sessions.cancel import CancelToken
 from .sessions.engine_pool import STYLE_MEMORY, EnginePool
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from lsast_engines.bundle.style import StyleFile
 
     from .images.canvas import Previewer
     from .request import Picture
@@ -167,7 +165,7 @@ class Stylizer:
 
     def resolve(self, **options: Any) -> Options:
         """Complete the options of a call; arguments and errors as of `stylize`."""
-        return self._resolve(options)[0]
+        return resolve_options(self.bundle, options, self._preset, self._pool.styles.get)[0]
 
     def stylize(
         self,
@@ -226,13 +224,11 @@ class Stylizer:
             CancelledError: `cancel` was cancelled.
         """
         given = {name: value for name, value in locals().items() if name in rules()} | earlier
-        return self.paint([self._request(picture, {**given, "mask": mask})], on_step, cancel)[0]
+        return self._paint([self._request(picture, {**given, "mask": mask})], on_step, cancel)[0]
 
     def request(self, picture: Picture, *, mask: Picture | None = None, **options: Any) -> Request:
         """Read a picture: the first half of `stylize`, which needs no engine, so that threads do it side by side.
-
-        Arguments and errors as of `stylize`.
-        """
+        Arguments and errors as of `stylize`."""
         return self._request(picture, {**options, "mask": mask})
 
     def paint(
@@ -240,16 +236,14 @@ class Stylizer:
     ) -> list[Result]:
         """Paint a batch: the second half of `stylize`, and all of it that needs the engines.
 
-        `on_step` is called once a step for the batch, and `cancel` ends all of it. Errors as of `stylize`.
+        `on_step` is called once a step for the batch, and `cancel` ends all of it. Errors as of `stylize`; a
+        `UsageError` for requests of more than one `batch_key`, or of another bundle.
 
         Args:
             requests: from `request`, all of one `batch_key`.
 
         Returns:
             The paintings in the order of the requests. The `seconds` of a batch are divided by its pictures.
-
-        Raises:
-            UsageError: requests of more than one `batch_key`, or of another bundle.
         """
         batching.require_iterable("requests", requests)
         requests = [*requests]
@@ -262,15 +256,18 @@ class Stylizer:
             raise UsageError(
                 f"found requests that differ in {', '.join(unlike)}; expected one batch_key: paint them in two calls"
             )
+        return self._paint(requests, on_step, cancel)
+
+    @enough_memory("to paint")
+    def _paint(self, requests: Sequence[Request], on_step: OnStep | None, cancel: CancelToken | None) -> list[Result]:
+        """Paint requests of this bundle, all of one `batch_key`."""
         if not (on_step is None or callable(on_step)):
             raise UsageError(f"found {type(on_step).__name__} as on_step; expected a function of three arguments")
         if not isinstance(cancel, (CancelToken, type(None))):
             raise UsageError(f"found {type(cancel).__name__} as cancel; expected a lsast.CancelToken")
-        with enough_memory("to paint"):
-            return self._paint(requests, on_step, cancel) if requests else []
-
-    def _paint(self, requests: Sequence[Request], on_step: OnStep | None, cancel: CancelToken | None) -> list[Result]:
-        first, many = requests[0], len(requests)
+        if not requests:
+            return []
+        first = requests[0]
         times: list[float] = []
         previewers: list[Previewer] = []
 
@@ -300,17 +297,15 @@ class Stylizer:
         phases = {"encode": times[1] - times[0], "denoise": times[-2] - times[1], "decode": times[-1] - times[-2]}
         results = []
         for request, canvas, provenance in zip(requests, painted, provenances, strict=True):
-            request.seconds |= {phase: seconds / many for phase, seconds in phases.items()}
+            request.seconds |= {phase: seconds / len(requests) for phase, seconds in phases.items()}
             image = request.compose(canvas)
             results.append(Result(image, request.seconds, request.options, provenance, self.choice))
         return results
 
     async def stylize_async(self, picture: Picture, style: str | None = None, **options: Any) -> Result:
         """`stylize` for asyncio: it does not block the event loop, and cancelling the task cancels the painting.
-
         Arguments and errors as of `stylize`, but no `cancel`; `on_step` is called in another thread, from which
-        `loop.call_soon_threadsafe` leads back.
-        """
+        `loop.call_soon_threadsafe` leads back."""
         if options.get("cancel") is not None:
             raise UsageError("found cancel in stylize_async; expected none: cancel the task instead")
         paint = partial(self.stylize, picture, style, **options)
@@ -354,7 +349,7 @@ class Stylizer:
         return batching.stream(
             batching.jobs(pictures, styles, rows),
             read=lambda picture, own: self._request(picture, {**options, **own}),
-            paint=lambda requests: self.paint(requests, None, cancel),
+            paint=lambda requests: self._paint(requests, None, cancel),
             batch=batch,
         )
 
@@ -368,16 +363,13 @@ class Stylizer:
         cancel: CancelToken | None = None,
         **options: Any,
     ) -> Iterator[Result]:
-        """Repaint the frames of a video, each so that it follows the painting of the frame before.
-
-        The other arguments are those of `stylize`, with `on_step` called for every frame; an error ends the stream.
+        """Repaint the frames of a video, each so that it follows the painting of the frame before; yields a painting
+        before the next frame is read. The other arguments are those of `stylize`, with `on_step` called for every
+        frame; an error ends the stream.
 
         Args:
             frames: in their order; a frame of another size than the one before starts anew.
             temporal: the frame before and its painting; None starts a video. One state serves one video.
-
-        Yields:
-            The paintings, each before the next frame is read.
         """
         from .video.optical_flow import TemporalState
 
@@ -386,7 +378,7 @@ class Stylizer:
             raise UsageError(f"found {type(temporal).__name__} as temporal; expected a TemporalState, or None")
         temporal = temporal or TemporalState()
         for frame in frames:
-            yield self.paint([self._request(frame, {**options, "style": style}, temporal)], on_step, cancel)[0]
+            yield self._paint([self._request(frame, {**options, "style": style}, temporal)], on_step, cancel)[0]
 
     def provenance(self, picture: Picture, style: str | None = None, **options: Any) -> Provenance:
         """What the painting of a picture would be made of; arguments and errors as of `stylize`, nothing is painted."""
@@ -395,11 +387,9 @@ class Stylizer:
             return self._provenance(request)
 
     def close(self) -> None:
-        """End the paintings under way and free the memory of the engines; the stylizer cannot paint any more.
-
-        Paintings of other threads, queued ones too, end within one run of a graph with `UsageError`. Any thread and any
-        callback may call it, and more than once.
-        """
+        """End the paintings under way and free the memory of the engines; the stylizer cannot paint any more. Paintings
+        of other threads, queued ones too, end within one run of a graph with `UsageError`. Any thread and any callback
+        may call it, and more than once."""
         self._pool.close()
 
     def __enter__(self) -> Stylizer:
@@ -415,14 +405,11 @@ class Stylizer:
     def _request(self, picture: Picture, given: Mapping[str, Any], temporal: TemporalState | None = None) -> Request:
         """Resolve the options of a picture, among which `given` may have its mask, open its styles and read it."""
         self._pool.check(None)
-        options, styles = self._resolve(given)
+        options, styles = resolve_options(self.bundle, given, self._preset, self._pool.styles.get)
         with enough_memory("to lay out the picture"):
             return Request(self.bundle, picture, options, styles, given.get("mask"), temporal, self.max_megapixels)
 
-    def _resolve(self, given: Mapping[str, Any]) -> tuple[Options, dict[str, StyleFile]]:
-        return resolve_options(self.bundle, given, self._preset, self._pool.styles.get)
-
-    def _networks(self, request: Request, cancel: CancelToken | None) -> sampler.Networks:
+    def _networks(self, request: Request, cancel: CancelToken | None) -> Networks:
         """The networks that paint a request: tiled if its canvas is large, cached if its options say so."""
         manifest, grid, interval = self.bundle.manifest, request.grid, request.options.cache_interval
         denoisers, decoder = graphs_of(request.options)
@@ -430,8 +417,8 @@ class Stylizer:
         def graph(name: str) -> CheckedEngine:
             return CheckedEngine(self._pool.engine(name), partial(self._pool.check, cancel))
 
-        def denoiser() -> sampler.Denoiser:
-            return whole or CachedDenoiser(graphs, interval, manifest.noise)
+        def denoiser() -> Denoiser:
+            return CachedDenoiser(graphs, interval, manifest.noise) if interval > 1 else GraphDenoiser(graphs[DENOISER])
 
         def decode_once(latents: Floats) -> Pixels:
             decode_rgb = partial(networks.decode_rgb, graph(decoder))
@@ -449,10 +436,9 @@ class Stylizer:
             return decode_once(latents)
 
         graphs = {name: graph(name) for name in denoisers}
-        whole = networks.GraphDenoiser(graphs[DENOISER]) if interval == 1 else None
         encode = partial(networks.encode, graph(VAE_ENCODER))
         cond = partial(networks.embed_edges, graph(CONTROLNET_COND))
-        return sampler.Networks(
+        return Networks(
             vae_encoder=tiling.tiled_encoder(encode, grid) if grid else encode,
             controlnet_cond=tiling.tiled_encoder(cond, grid) if grid else cond,
             denoiser=tiling.TiledDenoiser(denoiser, grid) if grid else denoiser(),
@@ -461,7 +447,6 @@ class Stylizer:
         )
 
     def _provenance(self, request: Request) -> Provenance:
-        """What the painting of a request is made of."""
         engine = self._pool.engine(graphs_of(request.options)[0][0])
         return Provenance(
             bundle=self.bundle.manifest.name,
@@ -478,8 +463,8 @@ class Stylizer:
 
 
 def first_graphs(bundle: Bundle, options: Mapping[str, Any]) -> list[str]:
-    """The graphs to open before the first picture, for options of all pictures; `REQUIRED_GRAPHS` if the bundle lacks
-    one of them."""
+    """The graphs that paint pictures with `options`, which are opened before the first; `REQUIRED_GRAPHS` if the bundle
+    lacks one."""
     denoisers, decoder = graphs_of({**preset_options(options.get("preset")), **options})
     names = (VAE_ENCODER, CONTROLNET_COND, *denoisers, decoder)
     return list(names if bundle.manifest.graphs.keys() >= {*names} else REQUIRED_GRAPHS)

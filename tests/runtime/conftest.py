@@ -20,7 +20,8 @@ from PIL import Image
 import lsast
 from lsast.cli.main import main
 from lsast.sampling.batch import Batch
-from lsast.sampling.sampler import Networks, sample
+from lsast.sampling.networks import Networks
+from lsast.sampling.sampler import sample
 from lsast_engines.backends.registry import available_backends
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import (

@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 
 import lsast
+from lsast.request import resolve_options
+from lsast_engines.bundle.bundle import Bundle
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 pytestmark = pytest.mark.usefixtures("folder")
@@ -38,12 +40,23 @@ def test_examples_all_have_a_test():
         assert f'"{path.stem}"' in text or f"{path.stem}.py" in text, f"no test names {path.name}"
 
 
-def test_paint_example_paints_each_picture_in_each_style(photo, stylizer, tmp_path, monkeypatch):
+QUICK: dict[str, Any] = {"steps": 2, "strength": 1.0, "size": 64, "guidance": 1.0}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stylizers take two steps at 64 x 64 whatever they are asked."""
+
+    def resolve_quick(bundle: Bundle, given: dict[str, Any], *others: Any) -> Any:
+        return resolve_options(bundle, {**given, **QUICK}, *others)
+
+    monkeypatch.setattr("lsast.stylizer.resolve_options", resolve_quick)
+
+
+def test_paint_example_paints_each_picture_in_each_style(photo, stylizer, tmp_path, quick):
     for name, rgb in (("a", photo), ("b", photo[:, ::-1])):
         Image.fromarray(rgb).save(tmp_path / f"{name}.png")
     example = _example("paint")
-    load = lsast.load
-    monkeypatch.setattr(lsast, "load", lambda: _Quick(load()))
     example.main(tmp_path / "out", [tmp_path / "a.png", tmp_path / "b.png"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         f"{name}-{index}.png" for name in "ab" for index in range(3)
@@ -52,26 +65,6 @@ def test_paint_example_paints_each_picture_in_each_style(photo, stylizer, tmp_pa
         alone = stylizer.stylize(tmp_path / f"{name}.png", example.STYLES[index], seed=7, **QUICK)
         with Image.open(tmp_path / "out" / f"{name}-{index}.png") as image:
             assert np.abs(np.asarray(image).astype(int) - np.asarray(alone.image)).max() <= 2
-
-
-QUICK: dict[str, Any] = {"steps": 2, "strength": 1.0, "size": 64, "guidance": 1.0}
-
-
-class _Quick:
-    """A stylizer that takes two steps at 64 x 64 whatever it is asked."""
-
-    def __init__(self, stylizer: lsast.Stylizer) -> None:
-        self._stylizer = stylizer
-
-    def __enter__(self) -> _Quick:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stylizer.close()
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._stylizer, name)
-        return (lambda *args, **options: method(*args, **{**options, **QUICK})) if "stylize" in name else method
 
 
 def _news(painter: Any) -> list[tuple[str, Any]]:
@@ -110,7 +103,7 @@ def test_window_example_painter_stops_for_the_next(window, photo, stylizer):
     assert kinds[-1] == "done" or kinds[-2:] == ["done", "stopped"]
 
 
-def test_frames_example_writes_pictures(photo, stylizer, tmp_path, monkeypatch):
+def test_frames_example_writes_pictures(photo, stylizer, tmp_path, quick):
     import cv2
 
     clip = tmp_path / "clip.avi"
@@ -124,8 +117,6 @@ def test_frames_example_writes_pictures(photo, stylizer, tmp_path, monkeypatch):
     read = list(example.frames(clip, every=2))
     assert len(read) == 3
     assert np.abs(read[1].astype(int) - np.roll(photo, 2, axis=1)).mean() < 8  # JPEG, half the chroma
-    load = lsast.load
-    monkeypatch.setattr(lsast, "load", lambda: _Quick(load()))
     assert example.main(clip, tmp_path / "out", 2, {"style": "monet"}) == 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{n:05d}.png" for n in range(3)]
     with Image.open(tmp_path / "out" / "00000.png") as image:

@@ -68,12 +68,9 @@ def plan_jobs(sources: Sequence[str], out: str) -> Plan:
       first folder with such a character.
     - `-` is standard input or output, and stands alone.
 
-    Two sources with the same output, and an output that is a source, are failures; they do not end the others.
-
-    Raises:
-        UsageError: an OUT that cannot hold the paintings; or, if nothing else is to be painted, a pattern without files
-            or outputs as described.
-        PictureError: if nothing else is to be painted, a file that is not there or a folder without pictures.
+    Two sources with the same output, an output that is a source, a file that is not there, a folder without pictures
+    and a pattern without files are failures; they do not end the others, and are raised if nothing is left to paint. A
+    `UsageError` for an OUT that cannot hold the paintings.
     """
     if STDIO in (*sources, out):
         return _stdio_plan(sources, out)

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from click.core import ParameterSource
 from lsast_engines.cli import USAGE, Command, debug_option, echo, fail, json_option, log_to_stderr, print_result, quiet
 from lsast_engines.errors import LsastError
 
-from ..options.options import Options, rules
+from ..options.options import rules
 
 SECTIONS = {
     "Painting": (*rules(), "mask"),
@@ -46,19 +45,17 @@ def _complete_choice(choices: tuple[Any, ...], _: click.Context, __: click.Param
 def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds an option for each field of `Options`; what is not given is None."""
     metavars, short = {"style": "MIX", "size": "SIZE", "tile": "TILE"}, {"style": ("-s",)}
-    for option in reversed(fields(Options)):
-        rule, name = rules()[option.name], f"--{option.name.replace('_', '-')}"
-        default = "" if option.default is MISSING or option.default is None else f"; default: {option.default}"
+    for name, rule in reversed([*rules().items()]):
+        flag = f"--{name.replace('_', '-')}"
         if rule.type is bool:
-            add = click.option(name, is_flag=True, default=None, help=rule.help)
+            add = click.option(flag, is_flag=True, default=None, help=rule.help)
         else:
+            default = "" if rule.default is None else f"; default: {rule.default}"
             text = f"{rule.help} [{rule.values}{default}]" if rule.range or rule.choices else rule.help
-            usual = {int: "N", float: "NUMBER", str: "NAME"}[rule.type]
-            complete = complete_style if option.name == "style" else functools.partial(_complete_choice, rule.choices)
-            metavar = metavars.get(option.name, usual)
-            add = click.option(
-                *short.get(option.name, ()), name, type=rule.type, metavar=metavar, help=text, shell_complete=complete
-            )
+            metavar = metavars.get(name) or {int: "N", float: "NUMBER", str: "NAME"}[rule.type]
+            complete = complete_style if name == "style" else functools.partial(_complete_choice, rule.choices)
+            names = (*short.get(name, ()), flag)
+            add = click.option(*names, type=rule.type, metavar=metavar, help=text, shell_complete=complete)
         command = add(command)
     return command
 
@@ -182,7 +179,12 @@ def main(
 
     with log_to_stderr(logging.WARNING):
         if origin is not None:
-            _repeat(origin, (*paths, *filter(None, [out])), where, options)
+            from .repeat import repeat
+
+            source_of = click.get_current_context().get_parameter_source
+            given = {name: value for name, value in where.items() if source_of(name) is not ParameterSource.DEFAULT}
+            files = [Path(path) for path in (*paths, *filter(None, [out]))]
+            print_result(*repeat(Path(origin), files, given, options))
             return
         if "mask" in options:  # read once for all pictures, and before them
             from lsast_engines.images import read_picture
@@ -199,13 +201,3 @@ def main(
             if plan.left_out and not quiet():
                 echo(f"left out, by their suffixes no pictures: {plan.left_out}", err=True)
             run.paint_several(plan.jobs, plan.failures, where, options, overwrite)
-
-
-def _repeat(origin: str, paths: tuple[str, ...], where: dict[str, Any], options: dict[str, Any]) -> None:
-    """Verify and repeat a painting."""
-    from .repeat import repeat
-
-    source_of = click.get_current_context().get_parameter_source
-    given = {name: value for name, value in where.items() if source_of(name) is not ParameterSource.DEFAULT}
-    report, line = repeat(Path(origin), [Path(path) for path in paths], given, options)
-    print_result(report, line)

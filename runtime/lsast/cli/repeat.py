@@ -32,11 +32,6 @@ def repeat(
             compare; IN and OUT to write the painting instead of comparing.
         where: arguments of `load` that replace those of the painting.
         options: options that replace those of the painting; then nothing is verified.
-
-    Raises:
-        LsastError: the painting was made of something else, or another picture came out.
-        BackendError: what it was painted with is not here, and `where` names nothing else.
-        UsageError: too many paths, or `options` without OUT.
     """
     if len(paths) > 2 or (options.keys() - {"mask"} and len(paths) < 2):
         raise UsageError(
@@ -64,9 +59,8 @@ def repeat(
         compare_pixels(result, origin, record)
         return {**report, "same": True}, f"{origin}: {source} paints the same again, to the last bit"
     result.save(out)
-    if result.provenance:
-        report |= asdict(result.provenance)
-    return {**report, "options": asdict(result.options), "out": str(out)}, str(out)
+    assert result.provenance is not None
+    return {**report, **asdict(result.provenance), "options": asdict(result.options), "out": str(out)}, str(out)
 
 
 def _open(made: Provenance, where: dict[str, Any], options: dict[str, Any]) -> Stylizer:
@@ -85,8 +79,7 @@ def _open(made: Provenance, where: dict[str, Any], options: dict[str, Any]) -> S
 
 def verify_inputs(record: Record, origin: Path, bundle: Bundle, picture: Path | None, mask: Path | None) -> None:
     """Check that the painting `origin` was made of what is here, of `picture` and `mask` if `picture` is given. An
-    `LsastError` names all checksums that differ; a `UsageError` a style that is not here, or a mask that is not
-    given."""
+    `LsastError` names all checksums that differ."""
     made = record.provenance
     faults = _difference(f"bundle {made.bundle}", bundle_sha256(bundle), made.bundle_sha256)
     if faults:  # its styles are of another base as well
@@ -115,7 +108,8 @@ def compare_pixels(again: Result, origin: Path, record: Record) -> None:
         raise LsastError(f"{origin} is of {old.size} pixels (height, width), the repeated painting of {new.size}")
     difference = np.abs(old.rgb.astype(np.int16) - new.rgb)
     if difference.any():
-        changes = record.provenance.changes(again.provenance) if again.provenance else []
+        assert again.provenance is not None
+        changes = record.provenance.changes(again.provenance)
         since = f"; since then: {'; '.join(changes)}" if changes else ""
         raise LsastError(
             f"{origin} is not what the same call paints here: {np.count_nonzero(difference) / difference.size:.2%} of "

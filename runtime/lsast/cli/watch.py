@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from lsast_engines.errors import MissingExtraError, PictureError, UsageError
+from lsast_engines.environment import require_extra
+from lsast_engines.errors import PictureError, UsageError
 
 from .inputs import STDIO, Job, named, plan_jobs
 
@@ -27,7 +27,7 @@ def check_watch(sources: Sequence[str], out: str) -> None:
         raise UsageError(f"found {', '.join(wrong)} to watch; expected folders")
     if out == STDIO or (Path(out).exists() and not Path(out).is_dir()):
         raise UsageError(f"found {out} as OUT of watched folders; expected a folder")
-    _watchfiles()
+    require_extra("watch", "watchfiles")
 
 
 def watch(
@@ -86,9 +86,13 @@ def _new_jobs(sources: Sequence[str], out: str, overwrite: bool, stop: threading
 def _changes(sources: Sequence[str], stop: threading.Event | None) -> Iterator[bool]:
     """Whether something has changed, after every change and at least every `SETTLED` seconds: a file that has not
     settled yet gives no further signal."""
-    settings = {"step": 50, "debounce": 200, "rust_timeout": int(1000 * SETTLED), "yield_on_timeout": True}
+    import watchfiles
+
+    timeout = int(1000 * SETTLED)
     try:
-        for changes in _watchfiles().watch(*sources, stop_event=stop, **settings):
+        for changes in watchfiles.watch(
+            *sources, stop_event=stop, step=50, debounce=200, rust_timeout=timeout, yield_on_timeout=True
+        ):
             yield bool(changes)
     # A name that is not UTF-8, a folder that is closed to us, more folders than the system watches …
     except (RuntimeError, OSError, ValueError) as error:
@@ -112,11 +116,3 @@ def _jobs(sources: Sequence[str], out: str) -> Iterator[Job]:
             for failure in plan.failures.items():
                 _log.warning("cannot paint: %s", named(*failure))
             yield from plan.jobs
-
-
-def _watchfiles() -> Any:
-    try:
-        import watchfiles
-    except ImportError:
-        raise MissingExtraError("watchfiles", "watch") from None
-    return watchfiles

@@ -54,19 +54,17 @@ class Canvas:
         margins = [(pixels // 2, pixels - pixels // 2) for pixels in spare]
         return np.pad(resize(plane, self.inner), [*margins, (0, 0)][: plane.ndim], mode="symmetric")
 
-    def valid_cells(self, cells: tuple[int, ...]) -> tuple[slice, slice]:
+    def valid_cells(self, cells: tuple[int, ...]) -> tuple[slice, ...]:
         """Rows and columns of the picture, with partly filled ones, on the canvas scaled down to `cells`."""
         spans = []
         for inner, outer, count in zip(self.inner, self.outer, cells, strict=True):
             first, size = (outer - inner) // 2, outer // count
             spans.append(slice(first // size, -(-(first + inner) // size)))
-        return spans[0], spans[1]
+        return tuple(spans)
 
     def crop(self, painted: Pixels) -> Pixels:
         """The output: the picture cut out of a painted canvas [*outer, 3] and scaled to its own size, [*own, 3]."""
-        (height, width), (outer_height, outer_width) = self.inner, self.outer
-        top, left = (outer_height - height) // 2, (outer_width - width) // 2
-        return resize(painted[top : top + height, left : left + width], self.own)
+        return resize(painted[self.valid_cells(self.outer)], self.own)
 
 
 def released_edge_input(rgb: Pixels, size: tuple[int, int]) -> Pixels:
@@ -95,15 +93,13 @@ class Previewer:
 
     def __init__(self, content: Pixels, z0: Floats, canvas: Canvas) -> None:
         """Of the canvas as it was encoded, [H, W, 3], its latent z0 [4, h, w], and where the picture lies on it."""
-        self._content = content
-        self._z0 = z0
-        self._canvas = canvas
+        self._content, self._z0, self._canvas = content, z0, canvas
 
     def __call__(self, latent: Floats) -> Image.Image:
         """The preview of a latent [4, h, w]: about w x h pixels, without the margin of the canvas."""
         colours = np.clip(_with_one(latent) @ self._map, 0, 255).reshape(*latent.shape[1:], 3)
-        rows, columns = self._canvas.valid_cells(latent.shape[1:])
-        return Image.fromarray(np.round(colours[rows, columns]).astype(np.uint8))
+        valid = colours[self._canvas.valid_cells(latent.shape[1:])]
+        return Image.fromarray(np.round(valid).astype(np.uint8))
 
     @functools.cached_property
     def _map(self) -> npt.NDArray[np.float64]:

@@ -77,8 +77,7 @@ def contact_sheet(
     """Paint a picture with every combination of some options.
 
     Args:
-        stylizer: paints.
-        picture: see `Stylizer.stylize`.
+        stylizer, picture: see `Stylizer.stylize`.
         axes: the values of an option, by its name. The first axis runs along the columns, the second down the rows,
             every further one over blocks of rows.
         on_cell: called with the number of paintings done and the number there are, before the first and after each.

@@ -38,7 +38,6 @@ FORMAT = 1
 _EXIF, _SOFTWARE, _MAKER_NOTE, _USER_COMMENT = 0x8769, 0x0131, 0x927C, 0x9286
 _MARK, _UNICODE = b"lsast\0", b"UNICODE\0"
 
-
 _LIBRARIES = {"numpy": "numpy", "opencv": "opencv-python-headless", "pillow": "pillow"}
 """The libraries that pixels pass besides the backend, and the wheel of each."""
 
@@ -161,7 +160,7 @@ def bundle_sha256(bundle: Bundle) -> str:
 
 
 def versions(backend: str) -> dict[str, str]:
-    """Versions of lsast, `backend` and the libraries that pixels pass."""
+    """See `Provenance.versions`."""
     wheels = {**_LIBRARIES, backend: backend}
     # Another wheel of the same library, such as onnxruntime-gpu or opencv-python, is left out.
     found = installed_versions(*wheels.values())
@@ -169,15 +168,8 @@ def versions(backend: str) -> dict[str, str]:
 
 
 def read_record(source: str | Path | bytes) -> Record:
-    """Read what a painting's file says of it.
-
-    Args:
-        source: a path, or the bytes of the file.
-
-    Raises:
-        PictureError: not a picture, or one without a record.
-        UsageError: invalid options.
-    """
+    """Read what a painting's file says of it; `source` is a path, or the bytes of the file. Raises a `PictureError` for
+    what is no picture, or one without a record, a `UsageError` for invalid options."""
     name = str(source) if isinstance(source, (str, os.PathLike)) else "the picture"
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open_file(Path(source)) as handle:

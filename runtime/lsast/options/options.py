@@ -1,7 +1,6 @@
 """The options of one repainting, declared once: for the API, the command line, JSON, files and the documentation.
 
-`Options` declares each option's type, help, range and default. Precedence of what is not given: the preset, the style's
-defaults, the bundle's defaults, the default declared here. Nothing here imports numpy, so that ``--help`` is quick.
+Nothing here imports numpy, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -48,11 +47,7 @@ LSAST's code (docs/method.md §4)."""
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """All options of one repainting. With the same picture, mask, bundle, styles, backend, compute dtype and versions,
-    they give the same bytes.
-
-    Raises:
-        UsageError: one or more values are invalid; all of them are named at once.
-    """
+    they give the same bytes. Raises a `UsageError` that names all invalid values at once."""
 
     style: Annotated[
         str,
@@ -145,10 +140,9 @@ class Options:
         styles: Mapping[str, StyleFile] | None = None,
         preset: str | None = None,
     ) -> Options:
-        """Complete the options of a call. Precedence: the call, its preset, the style, the bundle.
-
-        Of a mix, the styles' defaults count where all of them agree. A style with distilled guidance is painted with
-        guidance 1.
+        """Complete the options of a call. Precedence: the call, its preset, the style, the bundle, the default declared
+        here. Of a mix, the styles' defaults count where all of them agree. A style with distilled guidance is painted
+        with guidance 1.
 
         Args:
             given: values by name, under current names; None leaves an option to the defaults.

@@ -40,8 +40,7 @@ class Term:
     stages: tuple[int, int] | None = None
     """First and last stage; None is all of them."""
     column: int = 0
-    """Column of the style's name in the text, for messages; that of the stages follows."""
-    stages_column: int = 0
+    """Column of the style's name in the text, for messages."""
 
     def applies_to(self, stage: int, group: str) -> bool:
         """Whether the term applies to `group` at `stage`."""
@@ -53,39 +52,30 @@ class Term:
 class Mix:
     """A text of the grammar, parsed."""
 
-    text: str
     terms: tuple[Term, ...]
 
     @staticmethod
     @functools.lru_cache(maxsize=64)
-    def parse(text: str) -> Mix:
-        """Read a text of the grammar; a `UsageError` for a syntax error shows the text with a caret under the
-        character."""
+    def parse(text: str, stages: float = math.inf) -> Mix:
+        """Read a text of the grammar, for a bundle of so many `stages`; a `UsageError` shows the text with a caret
+        under the character that is wrong."""
         if (count := text.count("+") + 1) > MAX_TERMS:
             raise UsageError(f"found a mix of {count} styles; expected at most {MAX_TERMS}")
         starts = [0, *(match.end() for match in re.finditer(r"\+", text)), len(text) + 1]
-        terms = tuple(_term(text, start, end - 1) for start, end in pairwise(starts))
+        terms = tuple(_term(text, start, end - 1, stages) for start, end in pairwise(starts))
         if math.isinf(sum(term.weight for term in terms)):
             raise syntax_error("found weights whose sum is infinite; expected smaller ones", text, 0)
-        return Mix(text, terms)
+        return Mix(terms)
 
     @property
     def styles(self) -> list[str]:
         """Names of the styles, each once, in order."""
         return list(dict.fromkeys(term.style for term in self.terms))
 
-    @property
+    @functools.cached_property
     def is_single(self) -> bool:
         """Whether this is one style, everywhere, so that nothing is mixed."""
         return len(self.terms) == 1 and self.terms[0].group is None and self.terms[0].stages is None
-
-    def check_stages(self, stages: int) -> None:
-        """Check that a bundle has so many `stages`; a `UsageError` has a caret under what it lacks."""
-        for term in self.terms:
-            if term.stages and term.stages[1] >= stages:
-                raise syntax_error(
-                    f"found stage {term.stages[1]}; expected 0 to {stages - 1}", self.text, term.stages_column
-                )
 
 
 def syntax_error(fault: str, text: str, column: int) -> UsageError:
@@ -93,8 +83,8 @@ def syntax_error(fault: str, text: str, column: int) -> UsageError:
     return UsageError(Lines(f"{shown(fault)}\n    {shown(text)}\n    {' ' * len(shown(text[:column]))}^"))
 
 
-def _term(text: str, start: int, end: int) -> Term:
-    """Read the term in columns `start` to `end` of `text`."""
+def _term(text: str, start: int, end: int, count: float) -> Term:
+    """Read the term in columns `start` to `end` of `text`, for a bundle of `count` stages."""
     # The name and then, each with its sign, the weight and the places; and the column where each begins.
     (_, column, name), *parts = [
         (match[1], match.start(2), match[2].rstrip()) for match in re.finditer(r"(^|[:@])\s*([^:@]*)", text[start:end])
@@ -104,7 +94,7 @@ def _term(text: str, start: int, end: int) -> Term:
         raise syntax_error("found no name; expected that of a style", text, column)
     if inner := re.search(r"\s", name):
         raise syntax_error("found a space in a name; expected +, or no space", text, column + inner.start())
-    weight, group, stages, stages_column = 1.0, None, None, 0
+    weight, group, stages = 1.0, None, None
     for index, (sign, where, word) in enumerate(parts):
         where += start
         if sign == ":" and index > 0:
@@ -114,13 +104,13 @@ def _term(text: str, start: int, end: int) -> Term:
         elif word in GROUPS and group is None:
             group = word
         elif word[:1].isdigit() and stages is None:
-            stages, stages_column = _stages(word, text, where), where
+            stages = _stages(word, text, where, count)
         elif word in GROUPS or word[:1].isdigit():
             kind = "layer group" if word in GROUPS else "range of stages"
             raise syntax_error(f"found a second {kind}; expected one a style: name the style again", text, where)
         else:
             raise syntax_error(f"found {word!r}; expected {', '.join(GROUPS)}, or stages such as 0-4", text, where)
-    return Term(name, weight, group, stages, column, stages_column)
+    return Term(name, weight, group, stages, column)
 
 
 def _weight(word: str, text: str, column: int) -> float:
@@ -133,12 +123,14 @@ def _weight(word: str, text: str, column: int) -> float:
     return weight
 
 
-def _stages(word: str, text: str, column: int) -> tuple[int, int]:
-    """Read a stage or a range of stages, ``4`` or ``0-4``."""
+def _stages(word: str, text: str, column: int, count: float) -> tuple[int, int]:
+    """Read a stage or a range of stages, ``4`` or ``0-4``, of `count`."""
     found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", word)
     if found is None:
         raise syntax_error(f"found {word!r}; expected a stage or a range such as 4 or 0-4", text, column)
     first, last = int(found[1]), int(found[2] or found[1])
     if last < first:
         raise syntax_error(f"found the range {first}-{last}; expected {last}-{first}", text, column)
+    if last >= count:
+        raise syntax_error(f"found stage {last}; expected 0 to {count - 1}", text, column)
     return first, last

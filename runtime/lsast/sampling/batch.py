@@ -134,7 +134,7 @@ class Batch:
         self.guidance: Floats = np.array([sample.guidance for sample in samples], np.float32)[:, None, None, None]
         self.control_scale: Floats = np.array(control_scale, np.float32)
         self.steps = len(samples[0].schedule.steps)
-        self._samples = samples
+        self.samples = samples
         self._null = null
         self._rngs = [np.random.Generator(np.random.PCG64(sample.seed)) for sample in samples]
         self._stages: tuple[int, ...] | None = None
@@ -142,7 +142,7 @@ class Batch:
 
     def timesteps(self) -> Iterator[tuple[npt.NDArray[np.int64], tuple[int, ...]]]:
         """Timestep [B] and stage of each picture, step by step."""
-        for steps in zip(*(sample.schedule.steps for sample in self._samples), strict=True):
+        for steps in zip(*(sample.schedule.steps for sample in self.samples), strict=True):
             yield np.array([step.t for step in steps], np.int64), tuple(step.stage for step in steps)
 
     def noise(self, shape: tuple[int, ...]) -> Floats:
@@ -151,7 +151,7 @@ class Batch:
 
     def add_noise(self, z0: Floats, noise: Floats) -> Floats:
         """z_t at the timestep where each picture's run starts, [B, 4, h, w]: of z0 in the picture's palette."""
-        rows = zip(self._samples, z0, noise, strict=True)
+        rows = zip(self.samples, z0, noise, strict=True)
         return np.stack([
             sample.schedule.add_noise(sample.palette.match(z) if sample.palette else z, n) for sample, z, n in rows
         ])  # fmt: skip
@@ -159,7 +159,7 @@ class Batch:
     def style(self, stages: tuple[int, ...]) -> StageKV:
         """Keys and values of each picture's stage; the same object as long as the stages stay the same."""
         if stages != self._stages:
-            rows = [sample.style.stage(stage) for sample, stage in zip(self._samples, stages, strict=True)]
+            rows = [sample.style.stage(stage) for sample, stage in zip(self.samples, stages, strict=True)]
             halves = [[row.kv_unet for row in rows]]
             if self.guidance[0] != 1:
                 halves.insert(0, [self._null.stage(min(stage, self._null.stages - 1)).kv_unet for stage in stages])
@@ -167,10 +167,6 @@ class Batch:
             self._style = StageKV(kv_unet, np.stack([row.kv_control for row in rows]))
             self._stages = stages
         return self._style
-
-    def solver(self, z0: Floats) -> BatchSolver:
-        """The solvers of the run, given the pictures' own latents [B, 4, h, w]."""
-        return BatchSolver(self._samples, z0)
 
 
 class BatchSolver:

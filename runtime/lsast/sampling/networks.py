@@ -1,14 +1,16 @@
-"""The graphs of a bundle as the networks that `sampler.sample` runs."""
+"""The networks that `sampler.sample` runs, and the graphs of a bundle as these."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lsast_engines.backends.base import Engine, Feeds
 from lsast_engines.bundle.graph_spec import CONTROLNET, UNET_FULL, UNET_OUTER
-from lsast_engines.bundle.style import StageKV
 from lsast_engines.diffusion import NoiseSchedule
 from lsast_engines.errors import BackendError
 
@@ -18,22 +20,47 @@ Sigmas = npt.NDArray[np.float64]
 """sigma_t = sqrt(1 - abar_t), the share of noise in z_t."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """The networks of a base. In the shapes, H and W are in pixels, h and w in latent cells."""
+
+    vae_encoder: Callable[[Pixels], Floats]
+    """Pictures [B, H, W, 3] → mean and standard deviation of their latents, [2, B, 4, h, w]."""
+    controlnet_cond: Callable[[Pixels], Floats]
+    """Edges [B, H, W] of 0 and 1 → what the ControlNet reads of them, [B, C, h, w]."""
+    denoiser: Denoiser
+    vae_decoder: Callable[[Floats], Pixels]
+    """Latents [B, 4, h, w] → pictures [B, H, W, 3]."""
+    latent_scale: np.float32
+    """The denoiser's latents are the autoencoder's times this."""
+
+
+class Denoiser(Protocol):
+    """U-Net and ControlNet. One object serves one run of `sample`, whose steps it is called for in their order."""
+
+    def __call__(self, feeds: Feeds) -> Floats:
+        """Predict the noise: the inputs of the graph `denoiser` (`lsast_engines.bundle.graph_spec`), in which `hint` is
+        what `Networks.controlnet_cond` gave → eps [G, B, 4, h, w]; G is 2 with guidance, null first, else 1."""
+
+    def release_memory(self) -> None:
+        """Give working memory back until the next call, see `Engine.release_memory`."""
+
+
 class NotFiniteError(BackendError):
     """A graph gave a NaN or an infinity: fp16 overflows at 65504."""
 
 
+@dataclass(frozen=True)
 class CheckedEngine:
     """An engine whose outputs are checked."""
 
-    def __init__(self, engine: Engine, before_run: Callable[[], None] | None = None) -> None:
-        """Wrap an engine; an exception of `before_run`, which is called before each run, ends the painting."""
-        self.engine = engine
-        self._before_run = before_run
+    engine: Engine
+    before_run: Callable[[], None] = lambda: None
+    """Called before each run; an exception that it raises ends the painting."""
 
     def __call__(self, feeds: Feeds) -> dict[str, Floats]:
         """Run on `feeds` and what is bound; the next run may overwrite the outputs. Raises `NotFiniteError`."""
-        if self._before_run:
-            self._before_run()
+        self.before_run()
         outputs = self.engine(feeds)
         for name, values in outputs.items():
             if not np.isfinite(values).all():
@@ -54,25 +81,24 @@ class CheckedEngine:
         self.engine.release_memory()
 
 
+@dataclass(frozen=True)
 class GraphDenoiser:
     """The graph `denoiser`: U-Net and ControlNet in one. Inputs that stay the same object are bound once."""
 
-    def __init__(self, graph: CheckedEngine) -> None:
-        self._graph = graph
+    graph: CheckedEngine
 
-    def __call__(
-        self, latent: Floats, timestep: npt.NDArray[np.int64], hint: Floats, style: StageKV, control_scale: Floats
-    ) -> Floats:
+    def __call__(self, feeds: Feeds) -> Floats:
         """See `Denoiser.__call__`."""
-        inputs, engine = {"hint": hint, "control_scale": control_scale, **style._asdict()}, self._graph.engine
+        kept, bound = {**feeds}, self.graph.engine.bound
+        changing = {name: kept.pop(name) for name in ("latent", "timestep")}
         # Another painting may have bound its own since the last step.
-        if changed := {name: value for name, value in inputs.items() if engine.bound.get(name) is not value}:
-            engine.bind_inputs(changed)
-        return self._graph({"latent": latent, "timestep": timestep})["eps"]
+        if unbound := {name: value for name, value in kept.items() if bound.get(name) is not value}:
+            self.graph.engine.bind_inputs(unbound)
+        return self.graph(changing)["eps"]
 
     def release_memory(self) -> None:
         """See `Denoiser.release_memory`."""
-        self._graph.engine.release_memory()
+        self.graph.engine.release_memory()
 
 
 def encode(graph: CheckedEngine, pictures: Pixels) -> Floats:
@@ -124,19 +150,15 @@ class CachedDenoiser:
         self._cached: list[tuple[Sigmas, dict[str, Floats]]] = []
         """Of the last two full steps sigma [B], and copies of the residuals [B, …] and the feature [G, B, C, h, w]."""
 
-    def __call__(
-        self, latent: Floats, timestep: npt.NDArray[np.int64], hint: Floats, style: StageKV, control_scale: Floats
-    ) -> Floats:
+    def __call__(self, feeds: Feeds) -> Floats:
         """See `Denoiser.__call__`."""
         full = self._step % self._interval == 0
         self._step += 1
-        sigmas = self._sigmas[timestep]
-        inputs = {"latent": latent, "timestep": timestep, "hint": hint, "control_scale": control_scale,
-                  **style._asdict()}  # fmt: skip
+        sigmas = self._sigmas[feeds["timestep"]]
         if not full:
-            return self._run(UNET_OUTER, {**inputs, **self._extrapolated(sigmas)})["eps"]
-        residuals = self._run(CONTROLNET, inputs)
-        outputs = self._run(UNET_FULL, {**inputs, **residuals})
+            return self._run(UNET_OUTER, {**feeds, **self._extrapolated(sigmas)})["eps"]
+        residuals = self._run(CONTROLNET, feeds)
+        outputs = self._run(UNET_FULL, {**feeds, **residuals})
         copied = {name: value.copy() for name, value in {**residuals, "feature": outputs["feature"]}.items()}
         self._cached = [*self._cached[-1:], (sigmas, copied)]
         return outputs["eps"]
@@ -149,10 +171,10 @@ class CachedDenoiser:
         share = ((sigmas - last_at) / (last_at - before_at)).astype(np.float32)[:, None, None, None]
         return {name: value + share * (value - before[name]) for name, value in last.items()}
 
-    def _run(self, name: str, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, Floats]:
-        """Run a graph on those of `inputs` that it takes."""
+    def _run(self, name: str, feeds: Feeds) -> dict[str, Floats]:
+        """Run a graph on those of `feeds` that it takes."""
         graph = self._graphs[name]
-        return graph({tensor.name: inputs[tensor.name] for tensor in graph.engine.spec.inputs})
+        return graph({tensor.name: feeds[tensor.name] for tensor in graph.engine.spec.inputs})
 
     def release_memory(self) -> None:
         """See `Denoiser.release_memory`; what is cached goes, too."""

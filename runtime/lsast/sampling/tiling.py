@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
-from lsast_engines.bundle.style import StageKV
+from lsast_engines.backends.base import Feeds
 
-from .networks import Floats, Pixels, to_pixels
-from .sampler import Denoiser
+from .networks import Denoiser, Floats, Pixels, to_pixels
 
 WHOLE_UP_TO = 1.5
 """A canvas of up to this many tiles' pixels is painted whole."""
@@ -67,11 +65,6 @@ class TileGrid:
     def __iter__(self) -> Iterator[tuple[TileSpan, TileSpan]]:
         return ((row, column) for row in self.rows for column in self.columns)
 
-    def pixel_slices(self) -> Iterator[tuple[slice, slice]]:
-        """Rows and columns of every tile, in pixels."""
-        for row, column in self:
-            yield row.pixels(self.factor)[0], column.pixels(self.factor)[0]
-
     def blend(self, tiles: Iterable[Floats]) -> Floats:
         """The weighted mean of every tile's values [..., h, w], in the order of the grid: [..., *cells]."""
         whole: Floats | None = None
@@ -108,13 +101,11 @@ class TiledDenoiser:
         self._denoisers = [make_denoiser() for _ in grid]
         self._grid = grid
 
-    def __call__(
-        self, latent: Floats, timestep: npt.NDArray[np.int64], hint: Floats, style: StageKV, control_scale: Floats
-    ) -> Floats:
+    def __call__(self, feeds: Feeds) -> Floats:
         """See `Denoiser.__call__`; arrays are of the whole canvas."""
         windows = ((..., row.cells, column.cells) for row, column in self._grid)
         return self._grid.blend(
-            denoiser(latent[window], timestep, hint[window], style, control_scale)
+            denoiser({**feeds, **{name: feeds[name][window] for name in ("latent", "hint")}})
             for denoiser, window in zip(self._denoisers, windows, strict=True)
         )
 
@@ -128,7 +119,8 @@ def tiled_encoder(encoder: Callable[[Pixels], Floats], grid: TileGrid) -> Callab
     """A `Networks.vae_encoder` or `Networks.controlnet_cond` for canvases of any size: it runs on each tile, and the
     results are blended. From tiles of 320 pixels on, `controlnet_cond` gives the same as for the whole picture: its
     convolutions look 23 pixels far, and the rim of weight 0 is at least 24 pixels wide."""
-    return lambda pixels: grid.blend(encoder(pixels[:, rows, columns]) for rows, columns in grid.pixel_slices())
+    windows = [(slice(None), row.pixels(grid.factor)[0], column.pixels(grid.factor)[0]) for row, column in grid]
+    return lambda pixels: grid.blend(encoder(pixels[window]) for window in windows)
 
 
 def tiled_decoder(decode_rgb: Callable[[Floats], Iterable[Floats]], grid: TileGrid) -> Callable[[Floats], Pixels]:

@@ -14,12 +14,9 @@ from lsast_engines.errors import BackendError, UsageError
 
 
 def build_engines(bundle: Bundle, backend: str, compute_dtype: ComputeDtype, graphs: Iterable[str]) -> list[str]:
-    """Compile the engines of `graphs` that are missing or do not fit this machine; → the graphs of these.
-
-    Raises:
-        UsageError: a backend without compiled engines.
-        BackendError: no GPU, or compiling failed; stderr says why. `MissingExtraError` where a library is missing.
-    """
+    """Compile the engines of `graphs` that are missing or do not fit this machine; → the graphs of these. Raises a
+    `UsageError` for a backend without compiled engines, a `MissingExtraError` where a library is missing, a
+    `BackendError` without a GPU, or where compiling failed; stderr says why."""
     if backend not in get_args(TrtFlavor):
         expected = " or ".join(get_args(TrtFlavor))
         raise UsageError(f"found a backend {backend!r} to build engines for; expected {expected}")
@@ -49,6 +46,5 @@ def build_engines(bundle: Bundle, backend: str, compute_dtype: ComputeDtype, gra
 
 
 def _run(command: list[str]) -> int:
-    """The exit status of a command, which reports its progress on stderr."""
-    # What it prints on stdout would mix with the paintings' paths.
+    """The exit status of a command. What it prints on stdout would mix with the paintings' paths."""
     return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode

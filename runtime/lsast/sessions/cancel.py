@@ -6,11 +6,8 @@ from lsast_engines.errors import CancelledError
 
 
 class CancelToken:
-    """Cancels the paintings that it was given to, for good; any thread may do so.
-
-    A painting checks its token before every run of a graph, so that it ends within one step, with `CancelledError`. A
-    painting that waits for the engines ends at once.
-    """
+    """Cancels the paintings that it was given to, for good; any thread may do so. A painting ends within one step, with
+    `CancelledError`; one that waits for the engines ends at once."""
 
     def __init__(self) -> None:
         self._cancelled = threading.Event()
@@ -25,10 +22,6 @@ class CancelToken:
         return self._cancelled.is_set()
 
     def check(self) -> None:
-        """Return if the token is not cancelled.
-
-        Raises:
-            CancelledError: `cancel` was called.
-        """
+        """Raise a `CancelledError` if `cancel` was called."""
         if self.cancelled:
             raise CancelledError("the painting was cancelled; nothing was written")

@@ -156,7 +156,6 @@ class EnginePool:
                 self.styles.evict()
 
     def _take(self, thread: int, cancel: CancelToken | None) -> None:
-        """Wait until no other painting has the turn, or the one that has it lapses."""
         with self._changed:
             while (turn := self._turn) is not None and turn != thread and not self._lapsed(turn):
                 self._changed.wait(_POLL_SECONDS)
@@ -271,9 +270,8 @@ class StyleCache:
     """The open styles of a bundle, least recently used first. Any thread may open one; the engines' holder reads it."""
 
     def __init__(self, bundle: Bundle, budget: int) -> None:
-        """An empty cache; `budget` bytes of keys and values are kept between paintings, one of which may need more."""
-        self._bundle = bundle
-        self._budget = budget
+        """`budget` bytes of keys and values are kept between paintings, one of which may need more."""
+        self._bundle, self._budget = bundle, budget
         self._styles: OrderedDict[str, StyleFile] = OrderedDict()
         self._lock = threading.RLock()  # a signal handler may paint, too
 

@@ -16,8 +16,6 @@ from lsast_engines.errors import UsageError
 
 
 class _Calls:
-    """The native calls of one process."""
-
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.depths: Counter[int] = Counter()
@@ -41,11 +39,7 @@ _calls = _Calls()
 
 @contextlib.contextmanager
 def native_call() -> Iterator[None]:
-    """The end of Python waits for the block, which must end by itself.
-
-    Raises:
-        UsageError: Python has begun to end.
-    """
+    """The end of Python waits for the block, which must end by itself. Errors as of `require_python`."""
     with _counted(1):
         require_python()
         yield
@@ -53,11 +47,8 @@ def native_call() -> Iterator[None]:
 
 @contextlib.contextmanager
 def user_code() -> Iterator[None]:
-    """A block inside `native_call` that calls a function of the user, for which the end of Python does not wait.
-
-    Raises:
-        UsageError: Python has begun to end meanwhile.
-    """
+    """A block inside `native_call` that calls a function of the user, for which the end of Python does not wait. Errors
+    as of `require_python`, at its end."""
     with _counted(-1):
         yield
     require_python()
@@ -80,7 +71,7 @@ def calling_threads() -> set[int]:
 
 
 def require_python() -> None:
-    """Raise a `UsageError` if Python ends."""
+    """Raise a `UsageError` if Python has begun to end."""
     if _calls.python_ends:
         raise UsageError("found a painting while Python ends; nothing was written")
 

@@ -23,8 +23,6 @@ from ..sampling.networks import Floats, to_pixels
 
 cv2 = import_opencv()
 
-Field = npt.NDArray[np.float32]
-
 MAX_GREY_DIFF = 20.0
 """Mean absolute difference, in grey levels, beyond which a pixel shows another surface than one frame earlier."""
 
@@ -33,9 +31,9 @@ MAX_GREY_DIFF = 20.0
 class Motion:
     """Where the surface of each pixel was one frame earlier."""
 
-    backward_flow: Field
+    backward_flow: Floats
     """[H, W, 2]: how far to the right and down, in pixels, a pixel's surface was in the frame before."""
-    valid: Field
+    valid: Floats
     """[H, W]: 1 where the surface was visible there, 0 where it was hidden or outside."""
 
     @classmethod
@@ -69,14 +67,14 @@ class Motion:
         return Motion(backward_flow / np.float32(factor), valid)
 
 
-def warped(values: Field, flow: Field) -> Field:
+def warped(values: Floats, flow: Floats) -> Floats:
     """Values [H, W, C] fetched from where the backward flow [H, W, 2] points; the rim is repeated beyond it."""
     x, y = _sources(flow).astype(np.float32)
-    moved: Field = cv2.remap(values, x, y, cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REPLICATE)
+    moved: Floats = cv2.remap(values, x, y, cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REPLICATE)
     return moved.reshape(values.shape)
 
 
-def _sources(flow: Field) -> npt.NDArray[np.float64]:
+def _sources(flow: Floats) -> npt.NDArray[np.float64]:
     """Column and row to which a backward flow [H, W, 2] leads from each pixel: [2, H, W]."""
     rows, columns = np.mgrid[0 : flow.shape[0], 0 : flow.shape[1]]
     return np.stack([columns + flow[..., 0], rows + flow[..., 1]])

@@ -113,7 +113,9 @@ class _Video(Source):
         reformatter = pyav().video.reformatter.VideoReformatter()  # keeps its tables for the next frame
         size, last, duration, usual = None, None, 0, max(1, round(1 / self.rate / self.time_base))
         for number, frame in enumerate(_deinterlaced(self._decoded(), self._stream)):
-            start = self._ticks(frame)
+            start = None
+            if frame.pts is not None:
+                start = round((frame.pts * (frame.time_base or self.time_base) - self._start) / self.time_base)
             if last is not None and (start is None or start <= last):  # missing, repeated, or back in time
                 start = last + (1 if start == last else usual)
             start = start or 0
@@ -139,11 +141,6 @@ class _Video(Source):
         end = float(((last or 0) + max(duration, usual)) * self.time_base)
         if seconds - end > 3 / self.rate:
             _log.warning("%s: its pictures end at %.2f s of %.2f s; is it cut off?", shown(self._path), end, seconds)
-
-    def _ticks(self, frame: VideoFrame) -> int | None:
-        if frame.pts is None:
-            return None
-        return round((frame.pts * (frame.time_base or self.time_base) - self._start) / self.time_base)
 
     def _decoded(self) -> Iterator[VideoFrame]:
         av = pyav()
@@ -224,12 +221,12 @@ def _deinterlaced(frames: Iterator[VideoFrame], stream: VideoStream) -> Iterator
     graph = pyav().filter.Graph()
     buffer = graph.add_buffer(width=first.width, height=first.height, format=first.format, time_base=stream.time_base)
     graph.link_nodes(buffer, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink"))
-    graph.configure()
     yield from filtered(graph, chain([first], frames))
 
 
 def filtered(graph: Any, frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
-    """What a configured filter graph of FFmpeg makes of the frames, to the last."""
+    """What a filter graph of FFmpeg makes of the frames, to the last."""
+    graph.configure()
     for frame in chain(frames, [None]):
         graph.vpush(frame)
         with contextlib.suppress(BlockingIOError, EOFError):

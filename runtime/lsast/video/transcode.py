@@ -44,9 +44,7 @@ _log = logging.getLogger("lsast.video")
 
 def check_video(source: Path, out: Path) -> None:
     """Check, before anything is painted, that `source` is a video and that `out` can hold it. Raises a `UsageError`
-    where the suffix of `out` is not written, or it is a folder or the source itself; a `PictureError` where the
-    source cannot be read or has no pictures, or `out` cannot be written or cannot hold its sound; a
-    `MissingExtraError` without PyAV."""
+    where `out` is the source, and as `output_format`, `validate_output_place`, `open_source` and `check_sound` do."""
     form = output_format(source, out)
     validate_output_place(out)
     if out.exists() and source.exists() and out.samefile(source):

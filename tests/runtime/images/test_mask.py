@@ -52,7 +52,7 @@ def test_stylize_with_a_mask_keeps_the_latent_outside(stylizer, picture, runs, s
     np.testing.assert_allclose(latent[:, inside], free.latents[0][:, inside], atol=1e-4)
     assert np.abs(latent[:, ~outside] - kept[:, ~outside]).min(axis=0).max() > 1e-2
     assert np.abs(free.latents[0][:, outside] - kept[:, outside]).max() > 0.1
-    ((blend,),) = run.batch.solver(z0[None])._blends
+    [blend] = run.batch.samples[0].blends(z0)
     np.testing.assert_allclose(blend.weight, 1 - mask[::8, ::8] / 255, atol=1e-6)
 
 

@@ -10,7 +10,7 @@ import pytest
 from lsast import UsageError
 from lsast.options.options import Options
 from lsast.options.style_mix import Mix
-from lsast.sampling.batch import Batch, MixedStyle, Palette, Sample, X0Blend
+from lsast.sampling.batch import Batch, BatchSolver, MixedStyle, Palette, Sample, X0Blend
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.manifest import AttentionLayer
 from lsast_engines.bundle.style import LatentStatistics, Style, StyleFile, encode_defaults
@@ -118,7 +118,7 @@ def test_batch_solver_with_x0_blends_blends_the_predicted_x0_with_one_after_the_
     share[0], share[1] = 0, 1
     z0, before, n = rng.standard_normal((3, 4, 6, 8), dtype=np.float32)
     fields |= {"schedule": schedule, "blends": lambda z0: [X0Blend(z0, 1 - share), X0Blend(before, share / 2)]}
-    solver = Batch([Sample(**fields)], NULL, 1.0).solver(z0[None])
+    solver = BatchSolver([Sample(**fields)], z0[None])
     found, abar = schedule.add_noise(z0, n), NoiseSchedule().alphas_cumprod
     z = np.sqrt(abar[schedule.start_t]) * z0.astype(float) + np.sqrt(1 - abar[schedule.start_t]) * n
     ends = [abar[step.t] for step in schedule.steps[1:]] + [abar[0]]
@@ -204,7 +204,7 @@ def test_batch_with_a_palette_starts_from_and_steps_with_its_latents(bundle_path
     z = batch.add_noise(z0, noise)
     np.testing.assert_array_equal(z[0], schedule.add_noise(palette.match(z0[0]), noise[0]))
     np.testing.assert_array_equal(z[1], schedule.add_noise(z0[1], noise[1]))
-    after = batch.solver(z0).step(eps, 0, z)
+    after = BatchSolver(batch.samples, z0).step(eps, 0, z)
     limited = palette.limit(eps[0], z[0], schedule.levels()[0])
     np.testing.assert_array_equal(after[0], make_solver(schedule).step(limited, 0, z[0]))
     np.testing.assert_array_equal(after[1], make_solver(schedule).step(eps[1], 0, z[1]))
