@@ -110,6 +110,8 @@ class OnnxRuntimeEngine(Engine):
         self._library = import_library("onnxruntime")
         super().__init__(spec, device, compute_dtype)
         self._path, self._threads = path, threads
+        if compute_dtype == "bf16":
+            raise BackendError("onnxruntime computes in fp32, and on GPUs in fp16; found bf16: use openvino for it")
         if compute_dtype == "fp16":
             self._path = path.with_name(f"{path.stem}{GPU_SUFFIX}")
             if not self._path.is_file():
