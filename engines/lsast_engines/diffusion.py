@@ -238,6 +238,7 @@ class SolverEntry(NamedTuple):
     """A solver and the timesteps that it takes (`TimestepSchedule`)."""
 
     make: type[Solver]
+    """Given the noise level of every step and that of the end of the run, it makes the solver."""
     to_zero: bool
     """Whether the last step ends at sigma 0, not at that of t = 0 (`final_sigmas_type` in diffusers)."""
     released: bool = False

@@ -28,11 +28,13 @@ class BaseInspection:
     name: str = ""
     """Of the base: its file or folder."""
     multiple: int = 1
-    """As in `BaseConfig`: all halvings of autoencoder and U-Net."""
+    """Legal heights and widths are multiples of this many pixels: all halvings of autoencoder and U-Net."""
     heads: int = HEADS
     """Attention heads of U-Net and ControlNet where no configuration names them."""
     networks: dict[Part, OpenWeights] = field(default_factory=dict)
+    """The parts that could be opened."""
     configs: dict[Part, Mapping[str, Any]] = field(default_factory=dict)
+    """Their configurations."""
     origin: dict[str, str] = field(default_factory=dict)
     """Names of the files or repositories, and which weights of the U-Net were taken."""
     faults: list[str] = field(default_factory=list)

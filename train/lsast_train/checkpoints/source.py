@@ -50,7 +50,7 @@ class BaseSource:
     """A base or bundle that lsast wrote, by name or folder (None: the embedded default); a folder in diffusers' format;
     a single file in CompVis naming; or OWNER/NAME of the hub."""
     controlnet: str | Path | None = None
-    """Its ControlNet, in the last three forms. None: the base's own."""
+    """Its ControlNet: a folder in diffusers' format, a single file, or OWNER/NAME of the hub. None: the base's own."""
     unet_weights: UnetWeights = "auto"
     revision: str | None = None
     """Commit hash or tag of what comes from the hub and names none itself (OWNER/NAME@REVISION)."""

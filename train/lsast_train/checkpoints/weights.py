@@ -33,6 +33,7 @@ _CODES: dict[torch.dtype, str] = {
 """Names of element types in the header of a safetensors file."""
 
 OpenTensors = Callable[[], Mapping[str, torch.Tensor]]
+"""Opens the tensors of a network by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,7 @@ class Weights:
     config: Mapping[str, Any]
     """As diffusers or transformers know it."""
     make: Callable[[], nn.Module]
+    """Builds it; see `on_meta`."""
     tensors: Mapping[str, torch.Tensor]
     """By their names in the network."""
 

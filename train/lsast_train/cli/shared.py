@@ -21,10 +21,14 @@ def folder_option(*names: str, text: str, **more: Any) -> OptionDecorator:
 device_option = click.option(
     "--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps. [default: auto, a CUDA GPU if one is there]"
 )
+"""Adds ``--device`` to a command."""
 
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
+"""Adds ``--threads`` to a command."""
+
 
 out_option = folder_option("-o", "--out", text="Folder to write to. [default: runs/NAME]")
+"""Adds ``--out`` to a command."""
 
 run_options = combine_options(
     debug_option,

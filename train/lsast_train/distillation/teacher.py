@@ -39,17 +39,20 @@ class Contents(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TeacherSamples:
-    """N latents [4, h, w], and the noise that the student shall predict in them; on the CPU, float32."""
+    """Latents, and the noise that the student shall predict in them; on the CPU, float32."""
 
     picture: torch.Tensor
     """[N] int64: its row in the `Contents`."""
     timestep: torch.Tensor
+    """[N] int64."""
     stage: torch.Tensor
+    """[N] int64."""
     latent: torch.Tensor
+    """[N, 4, h, w]."""
     target: torch.Tensor
-    """ε that the student shall predict."""
+    """[N, 4, h, w]: ε that the student shall predict."""
     unguided: torch.Tensor
-    """ε of one pass of the original style, to which errors are relative."""
+    """[N, 4, h, w]: ε of one pass of the original style, to which errors are relative."""
     edges: torch.Tensor
     """[P, 3, 8h, 8w] of all pictures."""
 

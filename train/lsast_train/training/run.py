@@ -127,6 +127,7 @@ class RunResult:
     """The result of a finished run."""
 
     file: Path
+    """The prompt file or style file."""
     curve: Path
     steps: int
     best_step: int
