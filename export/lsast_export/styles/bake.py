@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("lsast.export")
 
-NULL_STYLE = "null"
-"""Name of the unconditional style, row 0 of classifier-free guidance."""
-
 _NETWORKS = {"unet": "unet", "control": "controlnet"}
 """The prefix of a network's weights in ``base.safetensors``, by its name in the manifest."""
 
@@ -186,9 +183,9 @@ def bake_style(
 
 
 def bake_null_style(projector: KVProjector) -> Style:
-    """The style of the null context: one stage, the same context for every layer group."""
+    """The style of the null context, row 0 of classifier-free guidance: one stage, one context for all layer groups."""
     contexts = projector.null_context.expand(1, len(GROUPS), *projector.null_context.shape)
-    return bake_style(projector, contexts, NULL_STYLE)
+    return bake_style(projector, contexts, "null")
 
 
 def bake_prompts(projector: KVProjector, prompts: Prompts) -> Style:
