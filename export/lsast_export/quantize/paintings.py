@@ -20,12 +20,9 @@ from ..progress import Eta, Progress, no_progress
 
 Pixels = npt.NDArray[np.uint8]
 
-DRAWN = "drawn"
-"""The origin that `load_calibration_images` returns for generated pictures."""
-
 
 def load_calibration_images(folder: Path | None, count: int, side: int) -> tuple[list[Pixels], str]:
-    """Square pictures [side, side, 3], and their origin.
+    """Square pictures [side, side, 3], and their origin: the name of `folder`, or ``drawn``.
 
     Args:
         folder: pictures of any size, of which `count` are cropped to squares; None generates some.
@@ -35,13 +32,17 @@ def load_calibration_images(folder: Path | None, count: int, side: int) -> tuple
         PictureError: no such folder, or a file that is no picture.
     """
     if folder is None:
-        return [_drawn(seed, side) for seed in range(count)], DRAWN
+        return [_drawn(seed, side) for seed in range(count)], "drawn"
+    from PIL import Image, ImageOps
+
     paths = find_pictures(folder)
     if len(paths) < count:
         raise UsageError(f"found {len(paths)} pictures in {folder}; expected at least {count}")
     # Spread over the folder, whose first files may be similar.
     chosen = [paths[index * len(paths) // count] for index in range(count)]
-    return [_square(read_picture(path).rgb, side) for path in chosen], folder.name
+    whole = (Image.fromarray(read_picture(path).rgb) for path in chosen)
+    squares = [ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS) for picture in whole]
+    return [np.asarray(square, np.uint8) for square in squares], folder.name
 
 
 def paint(
@@ -87,12 +88,6 @@ def paint(
             np.asarray(stylizer.stylize(rgb, **each, on_step=on_step))
             for rgb, each in zip(pictures, given, strict=True)
         ]
-
-
-def _square(rgb: Pixels, side: int) -> Pixels:
-    from PIL import Image, ImageOps
-
-    return np.asarray(ImageOps.fit(Image.fromarray(rgb), (side, side), Image.Resampling.LANCZOS), np.uint8)
 
 
 def _drawn(seed: int, side: int) -> Pixels:

@@ -32,10 +32,8 @@ from .paintings import Pixels, load_calibration_images, paint
 from .qdq import Ranges
 from .weights import NAME, WeightFile
 
-PICTURE_PSNR = "picture_psnr_db"
-"""Key of the mean PSNR of held-out pictures in the manifest's `parity`."""
-PICTURE_PSNR_LEAST = "picture_psnr_least_db"
-"""Key of the lowest of them."""
+PICTURE_PSNR, PICTURE_PSNR_LEAST = "picture_psnr_db", "picture_psnr_least_db"
+"""Keys of the mean PSNR of held-out pictures, and of the lowest, in the manifest's `parity`."""
 
 _log = logging.getLogger("lsast.export")
 
