@@ -154,17 +154,15 @@ def vote(
         raise UsageError("found no --contents DIR, or neither --works DIR nor --artist NAME; expected them")
     click.get_current_context().with_resource(log_to_stderr(logging.WARNING))
     session = VoteSession(draw_pairs(contents, methods, works, seed), name, out, voter)
-    server = open_server(session, port)
-    address = f"http://127.0.0.1:{server.server_address[1]}/"
-    try:
-        echo(f"{address}  {session.remaining} pairs to vote on; Ctrl-C ends", err=True)
-        if browse:
-            webbrowser.open(address)
-        server.serve_forever()
-    except KeyboardInterrupt:
-        echo(str(out))
-    finally:
-        server.server_close()
+    with open_server(session, port) as server:
+        address = f"http://127.0.0.1:{server.server_address[1]}/"
+        try:
+            echo(f"{address}  {session.remaining} pairs to vote on; Ctrl-C ends", err=True)
+            if browse:
+                webbrowser.open(address)
+            server.serve_forever()
+        except KeyboardInterrupt:
+            echo(str(out))
 
 
 @main.command("votes")
