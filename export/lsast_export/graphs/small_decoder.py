@@ -107,11 +107,7 @@ def read_small_decoder(path: Path, manifest: Manifest) -> SmallDecoder:
 
 
 def trace_small_decoder(small: SmallDecoder, manifest: Manifest) -> TracedGraph:
-    """Trace the graph `vae_decoder_tiny` of a bundle.
-
-    Raises:
-        ExportError: torch cannot export it.
-    """
+    """Trace the graph `vae_decoder_tiny` of a bundle; errors are as of `trace`."""
     module = SmallDecoderGraph(small, manifest.latent_scale).eval()
     return trace(module, tiny_decoder_spec(manifest.geometry), manifest.multiple, manifest.geometry.factor)
 

@@ -161,8 +161,6 @@ def trace(module: nn.Module, spec: GraphSpec, multiple: int, factor: int) -> Tra
     """Export `module`, whose arguments are the inputs of `spec`, with every named axis dynamic.
 
     Args:
-        module: of `modules.graph_module`, in evaluation mode.
-        spec: names and axes of the inputs and outputs.
         multiple: legal picture sizes are multiples of this many pixels.
         factor: pixels along a side of one latent cell.
 

@@ -197,9 +197,7 @@ def measure_small_parity(
 ) -> dict[str, float]:
     """The largest relative error of the graph of a small decoder against diffusers' own `decode`.
 
-    Raises:
-        BackendError: the graph cannot be loaded or run.
-        ParityError: an output holds NaN or infinite values.
+    Errors are as of `measure_parity`.
     """
     generator = np.random.default_rng(0)
     cell = manifest.multiple // manifest.geometry.factor

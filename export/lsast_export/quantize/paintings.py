@@ -24,8 +24,7 @@ Pixels = npt.NDArray[np.uint8]
 def load_calibration_images(folder: Path | None, count: int, side: int) -> tuple[list[Pixels], str]:
     """Square pictures [side, side, 3], and their origin: the name of `folder`, or ``drawn``.
 
-    Args:
-        folder: pictures of any size, of which `count` are cropped to squares; None generates some.
+    Pictures of `folder` are cropped to squares; None generates some.
 
     Raises:
         UsageError: the folder holds fewer.
@@ -57,10 +56,9 @@ def paint(
     phase: str = "painting",
     **options: Any,
 ) -> list[Pixels]:
-    """`pictures` painted on the CPU, [side, side, 3] each, in `styles` in turn and each with a seed of its own.
+    """`pictures` [side, side, 3], of a legal size, painted on the CPU in `styles` in turn, each with a seed of its own.
 
     Args:
-        pictures: [side, side, 3] each, of a legal size.
         styles: names of styles of `bundle`, whose own defaults apply.
         engines: run in place of the bundle's graphs of these names; they are closed at the end, also of a failure.
         seed: of the first picture.

@@ -57,9 +57,7 @@ def find_distilled(name_or_path: str) -> Path | None:
 def read_prompts(names_or_paths: Sequence[str], bundle: Path | None = None) -> list[Prompts]:
     """The prompts of all named styles.
 
-    Args:
-        names_or_paths: as `find_prompts` takes them.
-        bundle: the bundle whose prompts are found by name.
+    They are named as `find_prompts` takes them; those of `bundle` are found by name.
 
     Raises:
         StyleError: prompts that are missing, damaged or named twice.
@@ -162,7 +160,6 @@ def bake_style(
     """The style of the contexts of every stage and layer group.
 
     Args:
-        projector: of the base; the style is bound to its fingerprint.
         contexts: [stages, 3, tokens, dim], groups in the order of `GROUPS`.
         meta: licence, training facts, default options.
 
