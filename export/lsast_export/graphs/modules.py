@@ -38,14 +38,10 @@ SCORES_LIMIT = 128 << 20
 """Largest size in bytes of a self-attention's scores, for one picture of native size and two guidance rows."""
 
 
-def base_on_meta(lazy: LazyBase, **loaded: Any) -> Base:
-    """The base of `lazy`, its networks on torch's meta device: shapes without memory, which is enough to trace.
-
-    Args:
-        loaded: networks that are in memory, by the name of `Base`'s field.
-    """
-    empty = {name: lazy.networks[name]().on_meta() for name in NETWORKS if name not in loaded}
-    return Base(lazy.config, lazy.fingerprint, null_context=lazy.null_context, **{**empty, **loaded})
+def base_on_meta(lazy: LazyBase) -> Base:
+    """The base of `lazy`, its networks on torch's meta device: shapes without memory, which is enough to trace."""
+    networks = {name: lazy.networks[name]().on_meta() for name in NETWORKS}
+    return Base(lazy.config, lazy.fingerprint, null_context=lazy.null_context, **networks)
 
 
 def geometry(base: Base) -> Geometry:
