@@ -95,11 +95,10 @@ def main(
     """
     if context.invoked_subcommand is not None:
         return
-    given = {"--contents DIR": contents, "--works DIR": works, "--method NAME=DIR": methods or None}
-    if missing := [name for name, value in given.items() if value is None]:
-        raise UsageError(f"found no {' and no '.join(missing)}; lsast-eval needs them (--help lists all options)")
-    assert contents is not None
-    assert works is not None
+    if contents is None or works is None or not methods:
+        given = {"--contents DIR": contents, "--works DIR": works, "--method NAME=DIR": methods}
+        missing = " and no ".join(name for name, value in given.items() if not value)
+        raise UsageError(f"found no {missing}; lsast-eval needs them (--help lists all options)")
     from .report import EvalOptions
 
     if sheet is not None:

@@ -39,7 +39,7 @@ from lsast_engines.errors import ParityError, fault_list
 from lsast_train.base.base import BaseConfig
 from lsast_train.base.lazy_base import LazyBase
 
-from ..graphs.modules import base_on_meta, geometry
+from ..graphs.modules import base_on_meta
 from ..graphs.small_decoder import SmallDecoder
 from ..progress import Eta, Progress, no_progress
 from ..styles.bake import KVProjector
@@ -119,9 +119,8 @@ def measure_parity(
         ParityError: an output holds NaN or infinite values.
     """
     plan, networks = plan_for(base), base_on_meta(base)
-    cell = base.config.multiple // geometry(networks).factor
     generator = np.random.default_rng(0)
-    inputs = [draw_inputs(case, plan.loop, base.config, networks.context_dim, cell, generator) for case in plan.cases]
+    inputs = [draw_inputs(case, plan.loop, networks, generator) for case in plan.cases]
     projector = KVProjector.of_base(networks, base)
     pairs = list(zip(inputs, run_torch(base, inputs, plan.loop, progress), strict=True))
     figures = dict.fromkeys((VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER), 0.0)

@@ -53,7 +53,6 @@ def paint(
     compute_dtype: ComputeDtype = "fp32",
     seed: int = 0,
     progress: Progress = no_progress,
-    phase: str = "painting",
     **options: Any,
 ) -> list[Pixels]:
     """`pictures` [side, side, 3], of a legal size, painted on the CPU in `styles` in turn, each with a seed of its own.
@@ -62,7 +61,7 @@ def paint(
         styles: names of styles of `bundle`, whose own defaults apply.
         engines: run in place of the bundle's graphs of these names; they are closed at the end, also of a failure.
         seed: of the first picture.
-        progress: called after each step, with `phase`.
+        progress: called after each step.
         options: see `lsast.Stylizer.stylize`.
     """
     with contextlib.ExitStack() as stack:
@@ -76,7 +75,7 @@ def paint(
             for index, rgb in enumerate(pictures)
         ]
         schedules = [make_schedule(bundle, stylizer.resolve(**each)) for each in given]
-        eta = Eta(progress, phase, sum(len(schedule.steps) for schedule in schedules))
+        eta = Eta(progress, "painting", sum(len(schedule.steps) for schedule in schedules))
 
         def on_step(done: int, _steps: int, _preview: object) -> None:
             if done:

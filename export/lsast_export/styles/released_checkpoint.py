@@ -79,18 +79,15 @@ def _generator(tensors: dict[str, torch.Tensor], path: Path) -> GegluGenerator:
     """The generator with the weights `tensors`; sizes are read from them."""
     state = {key.removeprefix(_MODULE): value for key, value in tensors.items() if key.startswith(_MODULE)}
     faults = [f"{key}: not expected" for key in tensors if not key.startswith(_MODULE) and key != _CONSTANT]
-    sizes: dict[str, tuple[int, ...]] = {}
     for key in ("attn1.to_q.weight", "ff.net.2.weight"):
-        if key in state:
-            sizes[key] = tuple(state[key].shape)
-        if len(sizes.get(key, ())) != 2:
+        if key not in state or state[key].ndim != 2:
             faults.append(f"{_MODULE}{key}: found {_shape(state.get(key))}; expected a matrix")
     constant = tensors.get(_CONSTANT)
     if constant is None or constant.ndim != 2 or len(constant) != 1:
         faults.append(f"{_CONSTANT}: found {_shape(constant)}; expected [1, dim]")
     if faults or constant is None:
         raise StyleError(_not_released(path, faults))
-    dim, (inner, _), (out, hidden) = constant.shape[1], sizes["attn1.to_q.weight"], sizes["ff.net.2.weight"]
+    dim, inner, (out, hidden) = constant.shape[1], len(state["attn1.to_q.weight"]), state["ff.net.2.weight"].shape
     count, rest = divmod(out, dim)
     if rest or not count or count % len(GROUPS):
         faults.append(f"{_MODULE}ff.net.2.weight: found {out} rows; expected {len(GROUPS)} · stages · {dim}")

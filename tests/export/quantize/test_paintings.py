@@ -28,7 +28,6 @@ def test_paint_gives_the_paintings_of_the_runtime_with_palettes_and_counts_every
         steps=3,
         strength=1.0,
         progress=lambda phase, detail: shown.append((phase, detail.split(",")[0])),
-        phase="painting",
     )
     with lsast.load(backend="onnxruntime", compute_dtype="fp32") as stylizer:
         assert stylizer.resolve(style="monet").palette > 0  # one is in the comparison
