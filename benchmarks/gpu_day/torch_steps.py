@@ -51,12 +51,12 @@ def mini(device: str, tiny: bool) -> dict[str, Any]:
             feeds[tensor.name] = torch.full(shape, 500) if tensor.dtype == "int64" else torch.randn(shape)
         module = graph_module(base, name)
         with torch.inference_mode():
-            expected = _outputs(module.cpu()(**feeds))
-            there = {key: value.to(device) for key, value in feeds.items()}
+            expected = _outputs(module.cpu()(*feeds.values()))
+            there = [value.to(device) for value in feeds.values()]
             module.to(device)
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                    outputs = _outputs(module(**there))
+                    outputs = _outputs(module(*there))
                 pairs = zip(outputs, expected, strict=True)
                 errors = [float((a.cpu().float() - b).abs().max() / b.abs().max().clamp_min(1e-6)) for a, b in pairs]
                 found[f"{name} {str(dtype).removeprefix('torch.')}"] = max(errors)

@@ -55,7 +55,7 @@ def torch_step(case: Case, compiled: bool) -> Iterator[Step]:
     if case.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("torch finds no GPU")
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[case.compute_dtype]
-    feeds = {name: torch.from_numpy(value).to(case.device) for name, value in case.feeds.items()}
+    feeds = [torch.from_numpy(value).to(case.device) for value in case.feeds.values()]
     module = graph_module(load_base(case.bundle.path), DENOISER)
     with torch.inference_mode():
         module = module.to(case.device)
@@ -63,7 +63,7 @@ def torch_step(case: Case, compiled: bool) -> Iterator[Step]:
 
         def step() -> None:
             with torch.autocast(case.device, kind, enabled=kind != torch.float32):
-                run(**feeds)
+                run(*feeds)
             if case.device == "cuda":
                 torch.cuda.synchronize()
 

@@ -95,11 +95,10 @@ def main(
     """
     if context.invoked_subcommand is not None:
         return
-    given = {"--contents DIR": contents, "--works DIR": works, "--method NAME=DIR": methods or None}
-    if missing := [name for name, value in given.items() if value is None]:
-        raise UsageError(f"found no {' and no '.join(missing)}; lsast-eval needs them (--help lists all options)")
-    assert contents is not None
-    assert works is not None
+    if contents is None or works is None or not methods:
+        given = {"--contents DIR": contents, "--works DIR": works, "--method NAME=DIR": methods}
+        missing = " and no ".join(name for name, value in given.items() if not value)
+        raise UsageError(f"found no {missing}; lsast-eval needs them (--help lists all options)")
     from .report import EvalOptions
 
     if sheet is not None:
@@ -154,17 +153,15 @@ def vote(
         raise UsageError("found no --contents DIR, or neither --works DIR nor --artist NAME; expected them")
     click.get_current_context().with_resource(log_to_stderr(logging.WARNING))
     session = VoteSession(draw_pairs(contents, methods, works, seed), name, out, voter)
-    server = open_server(session, port)
-    address = f"http://127.0.0.1:{server.server_address[1]}/"
-    try:
-        echo(f"{address}  {session.remaining} pairs to vote on; Ctrl-C ends", err=True)
-        if browse:
-            webbrowser.open(address)
-        server.serve_forever()
-    except KeyboardInterrupt:
-        echo(str(out))
-    finally:
-        server.server_close()
+    with open_server(session, port) as server:
+        address = f"http://127.0.0.1:{server.server_address[1]}/"
+        try:
+            echo(f"{address}  {session.remaining} pairs to vote on; Ctrl-C ends", err=True)
+            if browse:
+                webbrowser.open(address)
+            server.serve_forever()
+        except KeyboardInterrupt:
+            echo(str(out))
 
 
 @main.command("votes")

@@ -20,7 +20,7 @@ from .metrics.content import edge_f1, flat_gradient, resized, shrunk, ssim
 from .metrics.feature_cache import FeatureCache
 from .metrics.fid_kid import fid, kid
 from .metrics.intervals import Floats, Score, bootstrap_indices, score_of, wilson
-from .report import SMALL_SET, EvalOptions, Metric, Report, Row, SheetRow
+from .report import SMALL_SET, EvalOptions, Metric, Report, Row
 
 if TYPE_CHECKING:
     from .metrics.efficientnet import EffNetLite
@@ -100,7 +100,7 @@ def evaluate(
     content_figures = _content_figures(paths, network, options, progress)
     pooled = {name: cache.vectors(group)[:, network.pooled] for name, group in paths.items()}
     work_vectors = cache.vectors(work_paths)[:, network.pooled]
-    roughness = np.array([flat_gradient(read_on_white(path)) for path in work_paths])
+    roughness = _roughness(work_paths)
     directions = work_vectors / np.linalg.norm(work_vectors, axis=1, keepdims=True).clip(1e-12)
     nearest = {
         name: [work_paths[index] for index in (vectors @ directions.T).argmax(1)] for name, vectors in pooled.items()
@@ -109,7 +109,6 @@ def evaluate(
     rows = []
     for name, group in paths.items():
         figures = content_figures[name]
-        figures["roughness"] = np.array([flat_gradient(read_on_white(path)) for path in group]) / roughness.mean()
         scores = _distances(pooled[name], work_vectors, draws)
         # Wright and Ommer 2022, eq. 9.
         lpips, apart = figures["lpips"], scores["fid"]
@@ -120,8 +119,8 @@ def evaluate(
             hits = np.array([name == artist for name in names], dtype=np.float64)
             low, high = wilson(float(hits.sum()), len(hits))
             scores[metric] = Score(float(hits.mean()), low, high, hits[draws].mean(1))
-        scores |= {metric: score_of(values.mean(), values[draws].mean(1)) for metric, values in figures.items()}
-        del figures["roughness"]
+        scores |= {metric: _mean(values, draws) for metric, values in figures.items()}
+        scores["roughness"] = _mean(_roughness(group) / roughness.mean(), draws)
         pictures: dict[str, dict[str, float | str]] = {}
         for index, stem in enumerate(matches.stems):
             pictures[stem] = {metric: float(values[index]) for metric, values in figures.items()}
@@ -133,10 +132,8 @@ def evaluate(
         rows.append(reference)
 
     first = next(iter(matches.results))
-    files = tuple(
-        SheetRow(content, {name: group[index] for name, group in matches.results.items()}, nearest[first][index])
-        for index, content in enumerate(matches.contents)
-    )
+    nearest_works = (f"{artist}: nearest to {first}", nearest[first])
+    columns = (("content", matches.contents), *matches.results.items(), nearest_works)
     qualities = {metric: judge.quality for metric, judge in judges.items()}
     notes = _notes(len(matches.stems), len(work_paths), artist, qualities) + list(matches.notes)
     known = {cache.digest(path) for path in work_paths}
@@ -144,7 +141,7 @@ def evaluate(
         if copies := sum(cache.digest(path) in known for path in group):
             notes.append(f"{name}: {copies} results are works themselves, file for file; its FID and KID flatter it")
     metrics = tuple(metric for metric in METRICS if metric.name in judges or metric.name not in JUDGES)
-    return Report(artist, len(work_paths), metrics, tuple(rows), qualities, tuple(notes), options, files)
+    return Report(artist, len(work_paths), metrics, tuple(rows), qualities, tuple(notes), options, columns)
 
 
 def _works_row(
@@ -156,7 +153,7 @@ def _works_row(
 ) -> Row | None:
     """As many works as there are contents (at most half of them) against the other works: what is within reach."""
     count = min(contents, len(vectors) // 2)
-    if count < 2 or len(vectors) - count < 2:
+    if count < 2:
         return None
     order = np.random.default_rng(options.seed).permutation(len(vectors))
     draws = bootstrap_indices(count, options.bootstrap, options.seed)
@@ -164,9 +161,16 @@ def _works_row(
     for metric, judge in judges.items():
         recall, total = judge.quality.recall, judge.quality.classes[judge.artist]
         scores[metric] = Score(recall, *wilson(recall * total, total), np.full(len(draws), recall))
-    rough = roughness[order[:count]] / roughness.mean()
-    scores["roughness"] = score_of(rough.mean(), rough[draws].mean(1))
+    scores["roughness"] = _mean(roughness[order[:count]] / roughness.mean(), draws)
     return Row(WORKS, count, scores)
+
+
+def _mean(values: Floats, draws: npt.NDArray[np.int64]) -> Score:
+    return score_of(values.mean(), values[draws].mean(1))
+
+
+def _roughness(paths: Sequence[Path]) -> Floats:
+    return np.array([flat_gradient(read_on_white(path)) for path in paths])
 
 
 def _distances(

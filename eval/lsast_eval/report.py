@@ -1,6 +1,6 @@
 """The report of an evaluation, made with some options: as a table, as JSON, and as a contact sheet."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -79,17 +79,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class SheetRow:
-    """The files of one row."""
-
-    content: Path
-    results: Mapping[str, Path]
-    """Method → its result."""
-    nearest: Path
-    """The work nearest to the first method's result, in feature space."""
-
-
-@dataclass(frozen=True)
 class Report:
     """The scores of all methods on one artist."""
 
@@ -104,7 +93,8 @@ class Report:
     notes: tuple[str, ...]
     """Caveats, for whoever quotes a figure."""
     options: EvalOptions
-    files: tuple[SheetRow, ...] = field(repr=False)
+    columns: Sequence[tuple[str, Sequence[Path]]] = field(repr=False)
+    """Of the contact sheet: the heading, and a file for each content, sorted by stem."""
 
     def row(self, name: str) -> Row:
         """The row of a method or reference.
@@ -174,20 +164,18 @@ class Report:
             raise UsageError(f"found {rows} rows; expected at least 1")
         from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-        picked = np.unique(np.linspace(0, len(self.files) - 1, min(rows, len(self.files))).round().astype(int))
+        count = self.rows[0].count
+        picked = np.unique(np.linspace(0, count - 1, min(rows, count)).round().astype(int))
         font = ImageFont.load_default(_TEXT)
-        first, *others = self.files[0].results
-        labels = ["content", first, *others, f"{self.artist}: nearest to {first}"]
         top, step = 2 * _TEXT + _GAP, _CELL + _GAP
-        sheet = Image.new("RGB", (len(labels) * step + _GAP, top + len(picked) * step), _PAPER)
+        sheet = Image.new("RGB", (len(self.columns) * step + _GAP, top + len(picked) * step), _PAPER)
         draw = ImageDraw.Draw(sheet)
-        for column, label in enumerate(labels):
+        for column, (label, files) in enumerate(self.columns):
             while len(label) > 1 and draw.textlength(label, font) > _CELL:
                 label = label[:-2] + "…"
             draw.text((_GAP + column * step, _GAP), label, _INK, font)
-        for line, row in enumerate(self.files[index] for index in picked):
-            for column, file in enumerate((row.content, *row.results.values(), row.nearest)):
-                picture = Image.fromarray(read_on_white(file))
+            for line, index in enumerate(picked):
+                picture = Image.fromarray(read_on_white(files[index]))
                 cell = ImageOps.pad(picture, (_CELL, _CELL), Image.Resampling.LANCZOS, _PAPER)
                 sheet.paste(cell, (_GAP + column * step, top + line * step))
         with replace_file(path) as handle:

@@ -110,7 +110,7 @@ def test_nearest_work_of_a_copied_work_is_itself(studio, cache, tmp_path):
     report = judge(studio, {"copies": tmp_path / "copies"}, cache)
     nearest = {stem: values["nearest"] for stem, values in report.row("copies").pictures.items()}
     assert nearest == {f"scene{seed}": f"w{seed}.png" for seed in range(COUNT)}
-    assert [row.nearest.name for row in report.files] == [f"w{seed}.png" for seed in range(COUNT)]
+    assert [work.name for work in report.columns[-1][1]] == [f"w{seed}.png" for seed in range(COUNT)]
     # Copies of works are judged, so they may not have been trained on.
     assert report.judges["deception"].classes == {"blots": WORKS, "stripes": WORKS - COUNT}
     assert any(note.startswith(f"copies: {COUNT} results are works themselves") for note in report.notes)
@@ -142,12 +142,9 @@ def test_sheet_shows_content_results_and_nearest_work(report, tmp_path):
     assert sheet.shape[1] == 8 * 264 + 8
     assert sheet.shape[0] == 30 + 3 * 264 + 8
     top = 38
-    for column, file in enumerate(
-        [report.files[0].content, *report.files[0].results.values(), report.files[0].nearest]
-    ):
+    for column, (_, files) in enumerate(report.columns):
         cell = sheet[top : top + 256, 8 + 264 * column : 264 * (column + 1)]
-        expected = read_on_white(file)
-        assert np.abs(cell[::2, ::2].astype(int) - expected).mean() < 12
+        assert np.abs(cell[::2, ::2].astype(int) - read_on_white(files[0])).mean() < 12
     with pytest.raises(UsageError, match="found 0 rows"):
         report.sheet(tmp_path / "sheet.png", rows=0)
 

@@ -32,14 +32,6 @@ def _one_trace(one_trace: None) -> None:
     """All of these tests share traced graphs."""
 
 
-def random_prompts(base: Base, name: str, seed: int = 0) -> Prompts:
-    """Prompts as a training run on `base` would leave them, of random values."""
-    generator = torch.Generator().manual_seed(seed)
-    matrices = torch.randn(30, base.config.tokens, base.context_dim, generator=generator)
-    prompts = matrices[matrix_index("step+layer")]
-    return Prompts(name, base.fingerprint, "step+layer", "direct", "strided", "all", prompts)
-
-
 @pytest.fixture(scope="session")
 def base() -> Base:
     """A random v-prediction base of a few ten thousand weights; its fingerprint is no file's."""
@@ -48,7 +40,10 @@ def base() -> Base:
 
 @pytest.fixture(scope="session")
 def prompts(base: Base) -> Prompts:
-    return random_prompts(base, "hand")
+    """Prompts as a training run on `base` would leave them, of random values."""
+    matrices = torch.randn(30, base.config.tokens, base.context_dim, generator=torch.Generator().manual_seed(0))
+    contexts = matrices[matrix_index("step+layer")]
+    return Prompts("hand", base.fingerprint, "step+layer", "direct", "strided", "all", contexts)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ _WINDOW, _SIGMA, _K1, _K2 = 11, 1.5, 0.01, 0.03
 def resized(rgb: Pixels, height: int, width: int) -> Pixels:
     """Bring [H, W, 3] to [height, width, 3]: averaging where it shrinks, cubic where it grows."""
     cv2 = import_opencv()
-
     if rgb.shape[:2] == (height, width):
         return rgb
     shrinks = height * width < rgb.shape[0] * rgb.shape[1]
@@ -37,15 +36,10 @@ def luminance(rgb: Pixels) -> npt.NDArray[np.float64]:
 def ssim(content: Pixels, result: Pixels) -> float:
     """Mean structural similarity of the luminance (Wang et al. 2004): 1 for equal pictures, about 0 for unrelated.
 
-    Gaussian window of 11 pixels and deviation 1.5, population moments; the border that the window does not fill is
-    left out.
-
-    Args:
-        content: [H, W, 3], both sides at least 11.
-        result: of the same shape.
+    Of two pictures [H, W, 3], both sides at least 11. Gaussian window of 11 pixels and deviation 1.5, population
+    moments; the border that the window does not fill is left out.
     """
     cv2 = import_opencv()
-
     taps = cv2.getGaussianKernel(_WINDOW, _SIGMA, cv2.CV_64F)
     rim = _WINDOW // 2
 
@@ -67,12 +61,8 @@ def edge_f1(content: Pixels, result: Pixels, tolerance: float = 2.0) -> float:
     """How well Canny's edges of the result and of the content meet: 1 where every edge has one within `tolerance`.
 
     Harmonic mean of the share of the result's edge pixels that have an edge of the content within `tolerance` pixels
-    (Euclidean), and of the share of the content's that have one of the result. Two pictures without edges agree: 1.
-
-    Args:
-        content: [H, W, 3].
-        result: of the same shape.
-        tolerance: in pixels, 0 or more.
+    (Euclidean), and of the share of the content's that have one of the result; both are [H, W, 3]. Two pictures without
+    edges agree: 1.
     """
     one, two = canny_edges(content), canny_edges(result)
     if not one.any() or not two.any():
@@ -97,6 +87,5 @@ def flat_gradient(rgb: Pixels) -> float:
 
 def _distance_to(edges: Pixels) -> npt.NDArray[np.float32]:
     cv2 = import_opencv()
-
     whole = cv2.distanceTransform((edges == 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     return np.asarray(whole, dtype=np.float32)

@@ -136,12 +136,9 @@ def _directions(tap: torch.Tensor) -> torch.Tensor:
 
 
 def self_similarity_divergence(content: torch.Tensor, result: torch.Tensor, rows: int = 1024) -> float:
-    """Sum over positions of KL(softmax(c cᵀ) ‖ softmax(r rᵀ)), a few rows at a time.
+    """Sum over positions of KL(softmax(c cᵀ) ‖ softmax(r rᵀ)), of the vectors at every position [P, C].
 
-    Args:
-        content: vectors at every position, [P, C].
-        result: the same of the result.
-        rows: positions at once; P · `rows` similarities are in memory.
+    P · `rows` similarities are in memory at once.
     """
     total = 0.0
     for begin in range(0, len(content), rows):

@@ -21,13 +21,7 @@ log = logging.getLogger("lsast.eval")
 
 
 class FeatureCache:
-    """Feature vectors of one network.
-
-    Args:
-        network: computes vectors that are not cached yet.
-        folder: of the cache; one small file for each picture.
-        batch: pictures that go through the network at once.
-    """
+    """Feature vectors of one network: a small file in `folder` for each picture, computed `batch` at a time."""
 
     def __init__(self, network: EffNetLite, folder: Path, batch: int = 16, progress: bool = True) -> None:
         self._network, self._batch, self._progress = network, batch, progress

@@ -24,7 +24,6 @@ def fid(x: Floats, y: Floats, draws: Iterable[npt.NDArray[np.int64]] = ()) -> tu
     Returns:
         The distance, and the distance of every resampling, [draws].
     """
-    x, y = x.astype(np.float64), y.astype(np.float64)
     mean = y.mean(0)
     x, y = x - mean, y - mean
     spread_y = float(np.square(y).sum()) / (len(y) - 1)
@@ -48,27 +47,16 @@ def kid(x: Floats, y: Floats, draws: Iterable[npt.NDArray[np.int64]] = ()) -> tu
     """Unbiased squared maximum mean discrepancy with ``k(a, b) = (a·b / D + 1)³`` (Bińkowski et al. 2018: KID).
 
     Over all pictures at once: the usual average over subsets of 1000 is for sets too large for that. May be negative.
-
-    Args:
-        x: [n, D], n at least 2.
-        y: [m, D], m at least 2.
-        draws: resamplings of x, each [n] of row numbers.
-
-    Returns:
-        The discrepancy, and that of every resampling, [draws].
+    Arguments and results are as those of `fid`.
     """
-    x, y = x.astype(np.float64), y.astype(np.float64)
     n, m, dim = len(x), len(y), x.shape[1]
 
-    def k(a: Floats, b: Floats) -> Floats:
-        cubes: Floats = (a @ b.T / dim + 1) ** 3
-        return cubes
-
-    k_xx, k_xy, k_yy = k(x, x), k(x, y).mean(1), k(y, y)
+    k_xx, k_xy, k_yy = ((a @ b.T / dim + 1) ** 3 for a, b in ((x, x), (x, y), (y, y)))
+    across = k_xy.mean(1)
     within_y = float(k_yy.sum() - np.trace(k_yy)) / (m * (m - 1))
 
     def discrepancy(rows: npt.NDArray[np.int64]) -> float:
         within_x = float(k_xx[np.ix_(rows, rows)].sum() - k_xx[rows, rows].sum()) / (n * (n - 1))
-        return within_x + within_y - 2 * float(k_xy[rows].mean())
+        return within_x + within_y - 2 * float(across[rows].mean())
 
     return discrepancy(np.arange(n)), np.array([discrepancy(rows) for rows in draws], dtype=np.float64)

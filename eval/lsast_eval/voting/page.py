@@ -66,10 +66,7 @@ class _Answer:
 def draw_pairs(contents: Path, methods: Mapping[str, Path], works: Path | None, seed: int) -> list[Pair]:
     """Every content with every pair of methods, in random order and with random sides.
 
-    Args:
-        methods: name → folder of its results, at least two.
-        works: folder of the artist's works, or None to show none.
-        seed: of the order, the sides and the works.
+    Works beside them are drawn from the folder `works`; None shows none.
 
     Raises:
         UsageError: fewer than two methods.

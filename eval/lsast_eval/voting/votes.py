@@ -160,15 +160,12 @@ def left_bias(votes: Sequence[Vote], confidence: float = 0.95) -> tuple[float, f
 
 
 def _rate(votes: Sequence[Vote], method: str, other: str | None, confidence: float) -> WinRate:
-    outcome = {"win": 0, "tie": 0, "loss": 0}
-    for vote in votes:
-        if method in (vote.left, vote.right):
-            preferred = {"left": vote.left, "right": vote.right, "tie": None}[vote.choice]
-            outcome["tie" if preferred is None else "win" if preferred == method else "loss"] += 1
-    count = sum(outcome.values())
-    points = outcome["win"] + outcome["tie"] / 2
+    involved = [vote for vote in votes if method in (vote.left, vote.right)]
+    preferred = [{"left": vote.left, "right": vote.right, "tie": None}[vote.choice] for vote in involved]
+    count, wins, ties = len(preferred), preferred.count(method), preferred.count(None)
+    points = wins + ties / 2
     low, high = wilson(points, count, confidence)
-    return WinRate(method, other, outcome["win"], outcome["tie"], outcome["loss"], points / count, low, high)
+    return WinRate(method, other, wins, ties, count - wins - ties, points / count, low, high)
 
 
 def _vote(line: bytes) -> Vote | str:

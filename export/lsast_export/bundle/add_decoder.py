@@ -1,8 +1,7 @@
 """Adds a small decoder to an exported bundle, whose other graphs, weights and styles stay as they are."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lsast_engines.backends.onnxruntime import GPU_SUFFIX
@@ -17,7 +16,7 @@ from ..graphs.external_weights import save_graph
 from ..graphs.gpu_graph import write_gpu_graph
 from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
 from ..graphs.small_decoder import SmallDecoder, save_small_decoder, trace_small_decoder
-from ..parity.parity import ParityPlan, measure_small_parity, require_parity
+from ..parity.parity import measure_small_parity, require_parity
 from ..progress import Progress, no_progress
 
 
@@ -40,26 +39,28 @@ def add_small_decoder(
     manifest = Bundle.open(path).manifest
     progress(f"tracing {VAE_DECODER_TINY}")
     traced = trace_small_decoder(small, manifest)
-    with _write_guard(path), scratch_folder(path) as scratch:
-        weights, graph = scratch / SMALL_WEIGHTS, scratch / f"{VAE_DECODER_TINY}.onnx"
-        save_small_decoder(small, weights)
-        save_graph(traced, weights, graph)
-        figures = measure_small_parity(small, graph, manifest, backend, progress=progress)
-        require_parity(figures, ParityPlan.tolerance)
-        progress("writing the bundle")
-        write_gpu_graph(graph, for_gpus := graph.with_suffix(GPU_SUFFIX), VAE_DECODER_TINY)
-        files = {SMALL_WEIGHTS: weights, graph.name: graph, for_gpus.name: for_gpus}
-        return _commit(path, manifest, files, traced.spec, figures)
+    try:
+        with scratch_folder(path) as scratch:
+            weights, graph = scratch / SMALL_WEIGHTS, scratch / f"{VAE_DECODER_TINY}.onnx"
+            save_small_decoder(small, weights)
+            save_graph(traced, weights, graph)
+            figures = measure_small_parity(small, graph, manifest, backend, progress=progress)
+            require_parity(figures)
+            progress("writing the bundle")
+            write_gpu_graph(graph, for_gpus := graph.with_suffix(GPU_SUFFIX), VAE_DECODER_TINY)
+            return _commit(path, manifest, (weights, graph, for_gpus), traced.spec, figures)
+    except OSError as error:
+        raise BundleError(f"cannot write to {path} ({error}); copy the bundle to a folder that is yours") from error
 
 
 def _commit(
-    path: Path, manifest: Manifest, files: Mapping[str, Path], spec: GraphSpec, figures: Mapping[str, float]
+    path: Path, manifest: Manifest, files: Sequence[Path], spec: GraphSpec, figures: Mapping[str, float]
 ) -> Bundle:
-    """Move `files`, by their names in the bundle at `path`, into it, and then declare them in its manifest.
+    """Move `files` into the bundle at `path`, and then declare them in its manifest.
 
     Whenever this is interrupted, the folder holds a sound bundle, with all of them or with none.
     """
-    entries = {name: FileEntry(file_sha256(file), file.stat().st_size) for name, file in files.items()}
+    entries = {file.name: FileEntry(file_sha256(file), file.stat().st_size) for file in files}
     without = dataclasses.replace(
         manifest,
         graphs={name: other for name, other in manifest.graphs.items() if name != spec.name},
@@ -73,18 +74,14 @@ def _commit(
 
     if without != manifest:
         declare(without)  # before a file that it declares is replaced
-    for name, file in files.items():
-        file.replace(path / name)
-    files_declared = dict(sorted({**without.files, **entries}.items()))
-    graphs, parity = {**without.graphs, spec.name: spec}, {**without.parity, **figures}
-    declare(dataclasses.replace(without, graphs=graphs, files=files_declared, parity=parity))
+    for file in files:
+        file.replace(path / file.name)
+    declare(
+        dataclasses.replace(
+            without,
+            graphs={**without.graphs, spec.name: spec},
+            files=dict(sorted({**without.files, **entries}.items())),
+            parity={**without.parity, **figures},
+        )
+    )
     return Bundle.open(path, verify_hashes=False)
-
-
-@contextlib.contextmanager
-def _write_guard(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into one that says how to mend it."""
-    try:
-        yield
-    except OSError as error:
-        raise BundleError(f"cannot write to {path} ({error}); copy the bundle to a folder that is yours") from error

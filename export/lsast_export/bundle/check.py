@@ -20,7 +20,7 @@ from lsast_train.base.lazy_base import LazyBase, open_base
 from ..graphs.modules import base_on_meta, geometry
 from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
 from ..graphs.small_decoder import read_small_decoder
-from ..parity.parity import measure_parity, measure_small_parity, plan_for
+from ..parity.parity import TOLERANCE, measure_parity, measure_small_parity
 from ..progress import Progress, no_progress
 from ..quantize.paintings import Pixels, load_calibration_images, paint
 from ..styles.bake import KVProjector, bake_null_style
@@ -93,24 +93,25 @@ def check_bundle(
     find_backend(backend, device, None)  # before long work
     progress("verifying files")
     bundle = Bundle.open(path)
-    graphs = {name: bundle.graph_path(name) for name in bundle.manifest.graphs}
+    manifest, quantized = bundle.manifest, bundle.manifest.storage_dtype in QUANTIZED
+    graphs = {name: bundle.graph_path(name) for name in manifest.graphs}
     progress("verifying graphs, weights and styles")
-    if bundle.manifest.storage_dtype in QUANTIZED:
-        if faults := _graph_faults(graphs) + _style_faults(bundle):
-            raise BundleError(fault_list(f"{path} is damaged; quantize it again:", faults))
+    base = None if quantized else open_base(path)
+    faults = _graph_faults(graphs) + (_base_faults(bundle, base) if base is not None else []) + _style_faults(bundle)
+    if faults:
+        mend = "quantize" if quantized else "export"
+        raise BundleError(fault_list(f"{path} is damaged; {mend} it again:", faults))
+    figures: dict[str, float] = {}
+    if base is None:
         for name, graph in graphs.items():
-            open_engine(graph, bundle.manifest.graphs[name], backend, device).close()
-        report = CheckReport(path, backend, {}, bundle.manifest.parity, 0.0, tuple(bundle.styles()))
-        return _with_auto(report, bundle, device, progress)
-    base = open_base(path)
-    if faults := _graph_faults(graphs) + _base_faults(bundle, base) + _style_faults(bundle):
-        raise BundleError(fault_list(f"{path} is damaged; export it again:", faults))
-    plan = plan_for(base)
-    figures = measure_parity(base, graphs, bundle.manifest.graphs, plan, backend, device, progress)
-    if VAE_DECODER_TINY in graphs:
-        small = read_small_decoder(path / SMALL_WEIGHTS, bundle.manifest)
-        figures |= measure_small_parity(small, graphs[VAE_DECODER_TINY], bundle.manifest, backend, device, progress)
-    report = CheckReport(path, backend, figures, bundle.manifest.parity, plan.tolerance, tuple(bundle.styles()))
+            open_engine(graph, manifest.graphs[name], backend, device).close()
+    else:
+        figures = measure_parity(base, graphs, manifest.graphs, backend, device, progress)
+        if VAE_DECODER_TINY in graphs:
+            small = read_small_decoder(path / SMALL_WEIGHTS, manifest)
+            figures |= measure_small_parity(small, graphs[VAE_DECODER_TINY], manifest, backend, device, progress)
+    tolerance = 0.0 if quantized else TOLERANCE
+    report = CheckReport(path, backend, figures, manifest.parity, tolerance, tuple(bundle.styles()))
     return _with_auto(report, bundle, device, progress)
 
 

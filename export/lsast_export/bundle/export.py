@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from ..graphs.modules import base_on_meta, geometry
 from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
 from ..graphs.small_decoder import SmallDecoder, read_small_decoder
 from ..graphs.trace import OPSET, TracedGraph, trace_graphs
-from ..parity.parity import ParityPlan, measure_parity, plan_for, require_parity
+from ..parity.parity import TOLERANCE, measure_parity, require_parity
 from ..progress import Progress, no_progress
 from ..styles.bake import KVProjector, bake_null_style, bake_prompts
 
@@ -58,24 +58,6 @@ class ExportOptions:
     """Data type that weights are stored in; graphs compute in float32 (see `external_weights`)."""
     backend: str = "onnxruntime"
     """Backend that the graphs are compared with torch on."""
-    plan: ParityPlan | None = None
-    """What is compared, and the tolerance; None leaves it to `plan_for`."""
-
-
-def default_options(base: Base | LazyBase, styles: Sequence[str]) -> dict[str, Any]:
-    """The manifest's `defaults` for a base that has none.
-
-    A bundle without a style names ``none``: running it without `--style` then lists the styles there are.
-    """
-    return {
-        "style": styles[0] if styles else "none",
-        "steps": 20,
-        "strength": 0.7,
-        "guidance": 3.0,
-        "control_scale": 1.0,
-        "solver": "dpmpp2m",
-        "size": base.config.size,
-    }
 
 
 def export_bundle(
@@ -93,7 +75,7 @@ def export_bundle(
         base: the base, which is not changed; a `LazyBase` needs less memory.
         out: the folder. A bundle there is replaced, its other styles are kept; without `styles` its default one, too.
         styles: prompts that were learned on `base`.
-        defaults: replace those of `default_options` in the manifest.
+        defaults: options in the manifest, in place of our own.
         traced: graphs of this base from `trace_graphs`, to write several storage types from one trace.
 
     Raises:
@@ -125,11 +107,10 @@ def export_bundle(
             write_gpu_graph(folder / f"{name}.onnx", folder / f"{name}{GPU_SUFFIX}", name)
         specs = {name: graph.spec for name, graph in graphs.items()}
         paths = {name: folder / f"{name}.onnx" for name in graphs}
-        plan = options.plan or plan_for(stored)
         with scratch_folder(out.parent) as cache:
-            figures = measure_parity(stored, paths, specs, plan, options.backend, progress=progress, cache=cache)
+            figures = measure_parity(stored, paths, specs, options.backend, progress=progress, cache=cache)
         _log.info("parity: %s", figures)
-        require_parity(figures, plan.tolerance)
+        require_parity(figures)
         config = stored.config
         libraries = ("torch", "diffusers", "onnx", "onnxscript")
         manifest = Manifest(
@@ -147,7 +128,13 @@ def export_bundle(
             attention_layers=projector.layers,
             graphs=specs,
             defaults={
-                **default_options(stored, [style.name for style in baked] or _default_style(out, stored.fingerprint)),
+                "style": baked[0].name if baked else _default_style(out, stored.fingerprint),
+                "steps": 20,
+                "strength": 0.7,
+                "guidance": 3.0,
+                "control_scale": 1.0,
+                "solver": "dpmpp2m",
+                "size": config.size,
                 **(defaults or {}),
             },
             lsast_version=package_version("lsast"),
@@ -156,7 +143,7 @@ def export_bundle(
                 **config.training,
                 "opset": str(OPSET),
                 "parity_backend": options.backend,
-                "parity_tolerance": f"{plan.tolerance:g}",
+                "parity_tolerance": f"{TOLERANCE:g}",
                 **{library: package_version(library) for library in libraries},
             },
             multiple=config.multiple,
@@ -172,25 +159,17 @@ def export_bundle(
         return Bundle.write(out, manifest, sources, replace=True, consume=True)
 
 
-@dataclass(frozen=True)
-class Inherited:
-    """What an export from a bundle takes over from it."""
-
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Of its manifest."""
-    small_decoder: SmallDecoder | None = None
-    styles: tuple[Prompts, ...] = ()
-    """Prompts of its styles."""
-
-
-def inherited_from(folder: Path | None) -> Inherited:
+def inherited_from(folder: Path | None) -> tuple[Mapping[str, Any], SmallDecoder | None, Sequence[Prompts]]:
     """What an export from `folder` takes over: nothing, unless a bundle is there.
+
+    Returns:
+        The defaults of its manifest, its small decoder, and the prompts of its styles.
 
     Raises:
         BundleError, ExportError, TrainingError, StyleError: a manifest, a small decoder or prompts that cannot be read.
     """
     if folder is None or not (folder / MANIFEST).is_file():
-        return Inherited()
+        return {}, None, ()
     manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), str(folder / MANIFEST))
     has_small = VAE_DECODER_TINY in manifest.graphs
     small = read_small_decoder(folder / SMALL_WEIGHTS, manifest) if has_small else None
@@ -198,17 +177,19 @@ def inherited_from(folder: Path | None) -> Inherited:
     baked = {file.stem for file in (folder / STYLES).glob("*.safetensors")}
     if lost := sorted(baked - {prompts.name for prompts in styles}):
         _log.warning("styles of %s that have no prompts there are left out: %s", folder, ", ".join(lost))
-    return Inherited(manifest.defaults, small, tuple(styles))
+    return manifest.defaults, small, styles
 
 
-def _default_style(folder: Path, fingerprint: str) -> list[str]:
-    """The default style of the bundle in `folder`, if it is there, can be read, and is of this base."""
+def _default_style(folder: Path, fingerprint: str) -> str:
+    """The default style of the bundle in `folder`, if it is there, can be read, and is of this base; else ``none``,
+    with which a run without `--style` lists the styles that there are."""
     with contextlib.suppress(OSError, ValueError, LsastError):
         manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), str(folder))
         style = str(manifest.defaults.get("style", "none"))
         files = [folder / STYLES / f"{term.style}.safetensors" for term in Mix.parse(style).terms]
-        return [style] if manifest.fingerprint == fingerprint and all(file.is_file() for file in files) else []
-    return []
+        if manifest.fingerprint == fingerprint and all(file.is_file() for file in files):
+            return style
+    return "none"
 
 
 def _with_origin(base: Base | LazyBase) -> Base | LazyBase:

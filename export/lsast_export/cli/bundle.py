@@ -19,7 +19,7 @@ from lsast_engines.cli import (
     print_result,
 )
 from lsast_engines.errors import UsageError
-from lsast_train.cli.shared import import_options
+from lsast_train.cli.shared import folder_option, import_options
 
 from ..progress import PhaseTimer
 
@@ -70,14 +70,11 @@ def bundle_options(hidden: bool = False) -> OptionDecorator:
             help="Data type (dtype) that weights are stored in. [default: fp16]",
         ),
         import_options(hidden),
-        click.option(
-            "-o",
-            "--out",
-            metavar="DIR",
-            type=click.Path(path_type=Path),
+        folder_option(
+            *("-o", "--out"),
+            text="Folder of the bundle to write. A bundle there is replaced, its other styles are kept.",
             required=not hidden,
             hidden=hidden,
-            help="Folder of the bundle to write. A bundle there is replaced, its other styles are kept.",
         ),
     )
 
@@ -130,21 +127,21 @@ def export(
     source = BaseSource(base, **fields)
     networks = open_base(source)
     folder = resolve_local_base(source)
-    before = inherited_from(folder)
+    before, small, inherited = inherited_from(folder)
     chosen_styles = read_prompts(styles, folder)
     names = {style.name for style in chosen_styles}
-    prompts = with_defaults([*chosen_styles, *(s for s in before.styles if s.name not in names)], for_styles)
+    prompts = with_defaults([*chosen_styles, *(style for style in inherited if style.name not in names)], for_styles)
     there = {*(style.name for style in prompts), *(file.stem for file in (out / STYLES).glob("*.safetensors"))}
     kept = {
         key: value
-        for key, value in before.defaults.items()
+        for key, value in before.items()
         if key != "style" or (not names and {term.style for term in Mix.parse(value).terms} <= there)
     }
     chosen: dict[str, Any] = {"storage_dtype": storage_dtype, "backend": backend}
     options = ExportOptions(**{key: value for key, value in chosen.items() if value is not None})
     written = export_bundle(networks, out, prompts, options, {**kept, **wanted}, progress=phases)
-    if before.small_decoder is not None:
-        written = add_small_decoder(out, before.small_decoder, options.backend, phases)
+    if small is not None:
+        written = add_small_decoder(out, small, options.backend, phases)
     manifest, peak = written.manifest, peak_memory()
     facts = {
         "bundle": str(written.path),

@@ -10,6 +10,7 @@ import click
 from lsast_engines.backends.tensorrt.engine_record import Range, ShapeRanges, TrtFlavor
 from lsast_engines.cli import Command, debug_option, json_option, print_result
 from lsast_engines.errors import UsageError
+from lsast_train.cli.shared import folder_option
 
 from ..progress import PhaseTimer
 
@@ -20,13 +21,7 @@ if TYPE_CHECKING:
 @click.command("compile", cls=Command, requires=("export", "onnx", "onnx_ir"))
 @click.argument("bundle", metavar="[BUNDLE]", required=False)
 @click.option("--backend", type=click.Choice(get_args(TrtFlavor)), required=True, help="The library that compiles.")
-@click.option(
-    "-o",
-    "--out",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Put engines here, not where lsast-run finds them.",
-)
+@folder_option("-o", "--out", text="Put engines here, not where lsast-run finds them.")
 @click.option(
     "--graph",
     "graphs",

@@ -9,7 +9,7 @@ from click.core import ParameterSource
 
 from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr, print_result
 from lsast_engines.environment import peak_memory, require_extra
-from lsast_train.cli.shared import declared_options
+from lsast_train.cli.shared import declared_options, folder_option
 
 from ..progress import PhaseTimer
 from ..quantize.options import QuantizeOptions
@@ -29,15 +29,11 @@ def _refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> No
 
 @click.command("quantize", cls=Command, requires=("export", "onnx"))
 @click.argument("bundle", metavar="[BUNDLE]", required=False)
-@click.option(
-    "-o", "--out", metavar="DIR", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write."
-)
+@folder_option("-o", "--out", text="Folder of the bundle to write.", required=True)
 @click.option("--storage-dtype", hidden=True, expose_value=False, callback=_refuse)
-@click.option(
+@folder_option(
     "--images",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Pictures to calibrate and to evaluate on, like those that will be repainted. [default: some are drawn]",
+    text="Pictures to calibrate and to evaluate on, like those that will be repainted. [default: some are drawn]",
 )
 @declared_options(QuantizeOptions)
 @click.option(

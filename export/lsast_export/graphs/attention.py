@@ -10,7 +10,6 @@ those nodes would run on the CPU, and a graph with such nodes cannot be captured
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -23,12 +22,8 @@ _SWAP_HEADS = [0, 2, 1, 3]
 """Transpose between [B, N, heads, D] and [B, heads, N, D]."""
 
 
-@dataclass(frozen=True)
-class _Attention:
-    """softmax(scale · Q Kᵀ) V of tensors [B, heads, N, D]."""
-
-    inputs: tuple[ir.Value, ir.Value, ir.Value]
-    scale: float
+_Attention = tuple[tuple[ir.Value, ir.Value, ir.Value], float]
+"""Q, K and V [B, heads, N, D], and the scale, of softmax(scale · Q Kᵀ) V."""
 
 
 def fuse_attention(model: ir.Model) -> int:
@@ -40,11 +35,13 @@ def fuse_attention(model: ir.Model) -> int:
     for join in list(model.graph):
         swap = _producer(join.inputs[0], "Transpose", _SWAP_HEADS) if join.op_type == "Reshape" else None
         found = _attention_of(swap.inputs[0]) if swap is not None and _has_rank(join.outputs[0], 3) else None
-        sources = [_joined_heads(value) for value in found.inputs] if found is not None else [None]
-        inputs = [source for source in sources if source is not None]
-        if found is None or len(inputs) != len(sources):
+        if found is None:
             continue
-        attributes = {"num_heads": inputs[0][1], "scale": found.scale}
+        values, scale = found
+        inputs = [source for value in values if (source := _joined_heads(value)) is not None]
+        if len(inputs) != len(values):
+            continue
+        attributes = {"num_heads": inputs[0][1], "scale": scale}
         node = ir.node(OPERATOR, [value for value, _ in inputs], attributes=attributes, domain=DOMAIN, name=join.name)
         _replace(join, [node])
         count += 1
@@ -89,10 +86,11 @@ def _attention_of(value: ir.Value | None) -> _Attention | None:
         return _single_attention(value)
     parts = [_single_attention(part) for part in concat.inputs]
     found = [part for part in parts if part is not None]
-    if concat.attributes["axis"].as_int() != 1 or len(found) != len(parts) or len({part.scale for part in found}) != 1:
+    scales = {scale for _, scale in found}
+    if concat.attributes["axis"].as_int() != 1 or len(found) != len(parts) or len(scales) != 1:
         return None
-    query, key, value = (_split_source([part.inputs[index] for part in found]) for index in range(3))
-    return None if query is None or key is None or value is None else _Attention((query, key, value), found[0].scale)
+    query, key, value = (_split_source([inputs[index] for inputs, _ in found]) for index in range(3))
+    return None if query is None or key is None or value is None else ((query, key, value), scales.pop())
 
 
 def _single_attention(value: ir.Value | None) -> _Attention | None:
@@ -106,7 +104,7 @@ def _single_attention(value: ir.Value | None) -> _Attention | None:
     key, values = _untransposed(transposed), product.inputs[1]
     if query is None or key is None or values is None:
         return None
-    return _Attention((query, key, values), factor * other)
+    return (query, key, values), factor * other
 
 
 def _split_source(values: Sequence[ir.Value]) -> ir.Value | None:

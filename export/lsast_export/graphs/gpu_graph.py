@@ -77,15 +77,19 @@ class _Rewriter:
 
     def run(self) -> None:
         """Rewrite the graph in place."""
-        outputs = {output: output.dtype for output in self._graph.outputs}
+        dtypes = [output.dtype for output in self._graph.outputs]
         stays = self._timestep_path()
         for node in list(self._graph):
             if any(isinstance(attribute.value, ir.Graph) for attribute in node.attributes.values()):
                 raise ExportError(f"found operator {node.op_type} with a graph of its own; its types cannot be changed")
             self._retype(node, node in stays or node.op_type in FULL)
-        for output, dtype in outputs.items():
+        for index, (output, dtype) in enumerate(zip(self._graph.outputs, dtypes, strict=True)):
+            assert dtype is not None, "an output has a type"
             if output.dtype != dtype:
-                self._cast_output(output, dtype)
+                name, output.name = output.name, f"{output.name}/half"
+                cast = self._as(output, dtype)
+                cast.name = name
+                self._graph.outputs[index] = cast
 
     def _retype(self, node: ir.Node, full: bool) -> None:
         wanted = ir.DataType.FLOAT if full else _HALF
@@ -94,13 +98,13 @@ class _Rewriter:
             return
         if node.op_type == "Constant" and not full:
             return  # it is cast where it is used; libraries fold that
+        exempt = _FLOAT_INPUTS.get(node.op_type, ())
         for index, value in enumerate(node.inputs):
-            exempt = index in _FLOAT_INPUTS.get(node.op_type, ())
             if value is not None and value.dtype in (ir.DataType.FLOAT, _HALF):
-                to = ir.DataType.FLOAT if exempt else wanted
-                node.replace_input_with(index, self._as(value, to, node))
+                to = ir.DataType.FLOAT if index in exempt else wanted
+                node.replace_input_with(index, self._as(value, to))
         floats = any(
-            value is not None and value.dtype == wanted and index not in _FLOAT_INPUTS.get(node.op_type, ())
+            value is not None and value.dtype == wanted and index not in exempt
             for index, value in enumerate(node.inputs)
         )
         for output in node.outputs:
@@ -123,7 +127,7 @@ class _Rewriter:
         node.attributes["to"] = ir.AttrInt64("to", _HALF)
         output.type = ir.TensorType(_HALF)
 
-    def _as(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
+    def _as(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """`value` in `dtype`, with one cast for all its users."""
         if value.dtype == dtype:
             return value
@@ -138,17 +142,6 @@ class _Rewriter:
                 self._graph.insert_after(producer, node)
             self._casts[value, dtype] = cast
         return self._casts[value, dtype]
-
-    def _cast_output(self, output: ir.Value, dtype: ir.DataType | None) -> None:
-        """Add a cast after the producer of a graph output, which keeps its name."""
-        assert dtype is not None
-        index = list(self._graph.outputs).index(output)
-        name, output.name = output.name, f"{output.name}/half"
-        node = ir.node("Cast", [output], attributes={"to": dtype}, name=f"{name}/cast")
-        (cast,) = node.outputs
-        cast.name, cast.dtype, cast.shape = name, dtype, output.shape
-        self._graph.append(node)
-        self._graph.outputs[index] = cast
 
     def _timestep_path(self) -> set[ir.Node]:
         """All nodes that a sine or cosine depends on."""

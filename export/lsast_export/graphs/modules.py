@@ -9,6 +9,7 @@ With the split graphs a run skips the ControlNet and all of the U-Net but its ou
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,14 +38,10 @@ SCORES_LIMIT = 128 << 20
 """Largest size in bytes of a self-attention's scores, for one picture of native size and two guidance rows."""
 
 
-def base_on_meta(lazy: LazyBase, **loaded: Any) -> Base:
-    """The base of `lazy`, its networks on torch's meta device: shapes without memory, which is enough to trace.
-
-    Args:
-        loaded: networks that are in memory, by the name of `Base`'s field.
-    """
-    empty = {name: lazy.networks[name]().on_meta() for name in NETWORKS if name not in loaded}
-    return Base(lazy.config, lazy.fingerprint, null_context=lazy.null_context, **{**empty, **loaded})
+def base_on_meta(lazy: LazyBase) -> Base:
+    """The base of `lazy`, its networks on torch's meta device: shapes without memory, which is enough to trace."""
+    networks = {name: lazy.networks[name]().on_meta() for name in NETWORKS}
+    return Base(lazy.config, lazy.fingerprint, null_context=lazy.null_context, **networks)
 
 
 def geometry(base: Base) -> Geometry:
@@ -81,114 +78,57 @@ def unet_split(base: Base) -> UnetSplit:
     )
 
 
-class _GraphModule(nn.Module):
-    """A module with some networks of a base."""
-
-    networks: tuple[str, ...] = ()
-    unet: Any
-    controlnet: Any
-    autoencoder: Any
-
-    def __init__(self, base: Base) -> None:
-        super().__init__()
-        self._base = base
-        for name in self.networks:
-            setattr(self, name, getattr(base, name))
+def _hint(base: Base, edges: torch.Tensor) -> torch.Tensor:
+    hint: torch.Tensor = base.controlnet.controlnet_cond_embedding(edges)
+    return hint
 
 
-class VaeEncoderGraph(_GraphModule):
-    """Graph `vae_encoder`."""
-
-    networks = ("autoencoder",)
-
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image [B, 3, H, W] → mean and standard deviation [B, 4, h, w]."""
-        return self._base.encode(image)
-
-
-class VaeDecoderGraph(_GraphModule):
-    """Graph `vae_decoder`."""
-
-    networks = ("autoencoder",)
-
-    def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        """Unscaled latent [B, 4, h, w] → image [B, 3, H, W]."""
-        return self._base.decode(latent)
+def _residuals(
+    base: Base,
+    latent: torch.Tensor,
+    hint: torch.Tensor,
+    timestep: torch.Tensor,
+    kv_control: torch.Tensor,
+    control_scale: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    control = base.control(latent, timestep, packed_kv(kv_control), hint, control_scale)  # type: ignore[arg-type]
+    return (*control["down_block_additional_residuals"], control["mid_block_additional_residual"])
 
 
-class ControlNetCondGraph(_GraphModule):
-    """Graph `controlnet_cond`: the ControlNet's embedding of the edges, which is computed once a run."""
+def _whole_unet(
+    base: Base, latent: torch.Tensor, timestep: torch.Tensor, kv_unet: torch.Tensor, *residuals: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The U-Net's eps [G, B, 4, h, w], and the input of its last up block, [G, B, C, h, w]."""
+    guidance, batch = kv_unet.shape[:2]  # len() would fix it in the traced graph
+    *down, mid = (_repeat(residual, guidance) for residual in residuals)
+    features = []
 
-    networks = ("controlnet",)
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        features.append(kwargs["hidden_states"].unflatten(0, (guidance, batch)))
+        # What the graph gives is what its last block takes, so that `unet_outer` can be cut out.
+        return args, {**kwargs, "hidden_states": features[0].flatten(0, 1)}
 
-    def forward(self, edges: torch.Tensor) -> torch.Tensor:
-        """Edges [B, 3, H, W] → hint features [B, C, h, w]."""
-        hint: torch.Tensor = self.controlnet.controlnet_cond_embedding(edges)
-        return hint
-
-
-class ControlNetGraph(_GraphModule):
-    """Graph `controlnet`."""
-
-    networks = ("controlnet",)
-
-    def forward(
-        self,
-        latent: torch.Tensor,
-        hint: torch.Tensor,
-        timestep: torch.Tensor,
-        kv_control: torch.Tensor,
-        control_scale: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        """The scaled residuals of one step, the middle block's last."""
-        control = self._base.control(latent, timestep, packed_kv(kv_control), hint, control_scale)  # type: ignore[arg-type]
-        return (*control["down_block_additional_residuals"], control["mid_block_additional_residual"])
+    last: Any = base.unet.up_blocks[-1]
+    with last.register_forward_pre_hook(keep, with_kwargs=True):
+        rows = base.eps(
+            *(_repeat(latent, guidance), _repeat(timestep, guidance), packed_kv(kv_unet.flatten(0, 1))),
+            residuals={"down_block_additional_residuals": down, "mid_block_additional_residual": mid},
+        )
+    return rows.unflatten(0, (guidance, batch)), features[0]
 
 
-class UnetFullGraph(_GraphModule):
-    """Graph `unet_full`."""
-
-    networks = ("unet",)
-
-    def forward(
-        self, latent: torch.Tensor, timestep: torch.Tensor, kv_unet: torch.Tensor, *residuals: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole U-Net: eps [G, B, 4, h, w], and the input of the last up block, [G, B, C, h, w]."""
-        guidance, batch = kv_unet.shape[:2]  # len() would fix it in the traced graph
-        *down, mid = (_repeat(residual, guidance) for residual in residuals)
-        features = []
-
-        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            features.append(kwargs["hidden_states"].unflatten(0, (guidance, batch)))
-            # What the graph gives is what its last block takes, so that `unet_outer` can be cut out.
-            return args, {**kwargs, "hidden_states": features[0].flatten(0, 1)}
-
-        with self.unet.up_blocks[-1].register_forward_pre_hook(keep, with_kwargs=True):
-            rows = self._base.eps(
-                *(_repeat(latent, guidance), _repeat(timestep, guidance), packed_kv(kv_unet.flatten(0, 1))),
-                residuals={"down_block_additional_residuals": down, "mid_block_additional_residual": mid},
-            )
-        return rows.unflatten(0, (guidance, batch)), features[0]
-
-
-class DenoiserGraph(_GraphModule):
-    """Graph `denoiser`: ControlNet and U-Net of one step."""
-
-    networks = ("unet", "controlnet")
-
-    def forward(
-        self,
-        latent: torch.Tensor,
-        hint: torch.Tensor,
-        timestep: torch.Tensor,
-        kv_unet: torch.Tensor,
-        kv_control: torch.Tensor,
-        control_scale: torch.Tensor,
-    ) -> torch.Tensor:
-        """One step; shapes as in `lsast_engines.bundle.graph_spec.graph_specs`."""
-        residuals = ControlNetGraph(self._base)(latent, hint, timestep, kv_control, control_scale)
-        eps: torch.Tensor = UnetFullGraph(self._base)(latent, timestep, kv_unet, *residuals)[0]
-        return eps
+def _denoiser(
+    base: Base,
+    latent: torch.Tensor,
+    hint: torch.Tensor,
+    timestep: torch.Tensor,
+    kv_unet: torch.Tensor,
+    kv_control: torch.Tensor,
+    control_scale: torch.Tensor,
+) -> torch.Tensor:
+    return _whole_unet(
+        base, latent, timestep, kv_unet, *_residuals(base, latent, hint, timestep, kv_control, control_scale)
+    )[0]
 
 
 def _repeat(rows: torch.Tensor, guidance: int) -> torch.Tensor:
@@ -244,25 +184,39 @@ def split_attention(network: Any, side: int) -> None:
                 module.set_processor(SplitProcessor(groups))
 
 
-_MODULES: dict[str, type[_GraphModule]] = {
-    VAE_ENCODER: VaeEncoderGraph,
-    CONTROLNET_COND: ControlNetCondGraph,
-    DENOISER: DenoiserGraph,
-    VAE_DECODER: VaeDecoderGraph,
-    CONTROLNET: ControlNetGraph,
-    UNET_FULL: UnetFullGraph,
+_GRAPHS: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
+    VAE_ENCODER: (("autoencoder",), Base.encode),
+    CONTROLNET_COND: (("controlnet",), _hint),
+    DENOISER: (("unet", "controlnet"), _denoiser),
+    VAE_DECODER: (("autoencoder",), Base.decode),
+    CONTROLNET: (("controlnet",), _residuals),
+    UNET_FULL: (("unet",), _whole_unet),
 }
+"""The networks that a graph is made of, and what it computes with a base of them."""
+
+
+class _GraphModule(nn.Module):
+    def __init__(self, base: Base, name: str) -> None:
+        super().__init__()
+        self.networks, self._compute = _GRAPHS[name]
+        self._base = copy.copy(base)
+        for network in self.networks:
+            shared = {id(tensor): tensor for tensor in getattr(base, network).state_dict(keep_vars=True).values()}
+            own = copy.deepcopy(getattr(base, network), shared)
+            if name not in (VAE_ENCODER, CONTROLNET_COND, VAE_DECODER):  # which have no keys and values
+                split_attention(own, base.config.size // geometry(base).factor)
+                if network == "controlnet":  # which takes hint features, where it takes edges
+                    own.controlnet_cond_embedding = nn.Identity()
+            setattr(self._base, network, own)
+            setattr(self, network, own)  # under the name that its weights have
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self._compute(self._base, *inputs)
 
 
 def graph_module(base: Base, name: str) -> nn.Module:
-    """The module of the graph `name`, made of copies of the networks of `base`, which share its weights."""
-    kind, own = _MODULES[name], copy.copy(base)
-    for network in kind.networks:
-        shared = {id(tensor): tensor for tensor in getattr(base, network).state_dict(keep_vars=True).values()}
-        setattr(own, network, copy.deepcopy(getattr(base, network), shared))
-    if name not in (VAE_ENCODER, CONTROLNET_COND, VAE_DECODER):  # which have no keys and values
-        for network in kind.networks:
-            split_attention(getattr(own, network), base.config.size // geometry(base).factor)
-        if "controlnet" in kind.networks:  # which takes hint features, where it takes edges
-            own.controlnet.controlnet_cond_embedding = nn.Identity()
-    return kind(own).eval()
+    """The module of the graph `name`, made of copies of the networks of `base`, which share its weights.
+
+    It takes the inputs of the graph's spec (`lsast_engines.bundle.graph_spec`) in their order, and gives its outputs.
+    """
+    return _GraphModule(base, name).eval()

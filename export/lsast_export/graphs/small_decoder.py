@@ -107,11 +107,7 @@ def read_small_decoder(path: Path, manifest: Manifest) -> SmallDecoder:
 
 
 def trace_small_decoder(small: SmallDecoder, manifest: Manifest) -> TracedGraph:
-    """Trace the graph `vae_decoder_tiny` of a bundle.
-
-    Raises:
-        ExportError: torch cannot export it.
-    """
+    """Trace the graph `vae_decoder_tiny` of a bundle; errors are as of `trace`."""
     module = SmallDecoderGraph(small, manifest.latent_scale).eval()
     return trace(module, tiny_decoder_spec(manifest.geometry), manifest.multiple, manifest.geometry.factor)
 
@@ -142,22 +138,18 @@ def _found(path: Path) -> tuple[dict[str, Any], Path]:
         raise ExportError(
             f"found nothing at {path}; expected a folder or a file of an AutoencoderTiny, such as TAESD's"
         )
-    return _own_config(path), path
+    try:
+        config = json.loads(read_metadata(path).get(_CONFIG, "{}"))
+    except ValueError as error:
+        raise TrainingError(f"{path} cannot be read ({error}); get the file again") from error
+    # That of TAESD, the default of diffusers, for a file that is no bundle's.
+    return {"_class_name": "AutoencoderTiny", **(config if isinstance(config, dict) else {})}, path
 
 
 def _diffusers_name(key: str) -> str:
     """A key of ``taesd_decoder``, which has one layer more in front, as diffusers names it; other keys as they are."""
     place, _, rest = key.partition(".")
     return f"decoder.layers.{int(place) - 1}.{rest}" if place.isdecimal() else key
-
-
-def _own_config(path: Path) -> dict[str, Any]:
-    """The configuration in the metadata of a bundle's file; for other files that of TAESD, the default of diffusers."""
-    try:
-        config = json.loads(read_metadata(path).get(_CONFIG, "{}"))
-    except ValueError as error:
-        raise TrainingError(f"{path} cannot be read ({error}); get the file again") from error
-    return {"_class_name": "AutoencoderTiny", **(config if isinstance(config, dict) else {})}
 
 
 def _config_faults(config: Mapping[str, Any], manifest: Manifest) -> list[str]:

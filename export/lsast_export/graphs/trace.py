@@ -12,7 +12,6 @@ weights, and `module` may be on the meta device (`base_on_meta`).
 
 import contextlib
 import functools
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import Sequential
 from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
     CommonSubexpressionEliminationPass,
     DeduplicateInitializersPass,
     LiftConstantsToInitializersPass,
@@ -161,28 +161,21 @@ def trace(module: nn.Module, spec: GraphSpec, multiple: int, factor: int) -> Tra
     """Export `module`, whose arguments are the inputs of `spec`, with every named axis dynamic.
 
     Args:
-        module: of `modules.graph_module`, in evaluation mode.
-        spec: names and axes of the inputs and outputs.
         multiple: legal picture sizes are multiples of this many pixels.
         factor: pixels along a side of one latent cell.
 
     Raises:
         ExportError: torch cannot export it, or the graph's inputs and outputs differ from `spec`.
     """
-    # AUTO: the axis is dynamic, and torch infers which axes must be equal or even.
-    dynamic: tuple[Any, ...] = tuple(
-        {axis: torch.export.Dim.AUTO for axis, length in enumerate(tensor.shape) if isinstance(length, str)} or None
-        for tensor in spec.inputs
-    )
-    parameters = inspect.signature(module.forward).parameters.values()
-    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-        named = len(parameters) - 1
-        dynamic = (*dynamic[:named], dynamic[named:])  # torch.export takes *args for one argument
     try:
         with _quiet(), torch.no_grad(), _without_weights(module):
-            program = torch.export.export(
-                module, _examples(spec, multiple, factor), dynamic_shapes=dynamic, strict=False
-            )
+            examples, dynamic = _examples(spec, multiple, factor), torch.export.ShapesCollection()
+            for example, tensor in zip(examples, spec.inputs, strict=True):
+                # AUTO: the axis is dynamic, and torch infers which axes must be equal or even.
+                named = [axis for axis, length in enumerate(tensor.shape) if isinstance(length, str)]
+                dynamic[example] = dict.fromkeys(named, torch.export.Dim.AUTO)
+            shapes = dynamic.dynamic_shapes(module, examples)
+            program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
             remove_assertion_nodes(program.graph_module)
             functions = _onnx_functions()
             called = [node.target for node in program.graph.nodes if node.op == "call_function"]
@@ -191,14 +184,14 @@ def trace(module: nn.Module, spec: GraphSpec, multiple: int, factor: int) -> Tra
             model = _exported_program_to_onnx_program(program, registry=functions).model
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
         raise ExportError(f"torch cannot export the graph {spec.name!r}: {error}") from error
-    for values, tensors in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
-        for value, tensor in zip(values, tensors, strict=False):
-            value.name = tensor.name
-    _check_interface(model, spec)
+    _name_interface(model, spec)
     weights = _detach_weights(model, {name for name, _ in (*module.named_parameters(), *module.named_buffers())})
     _optimize(model)
     _check_constants(model, spec)
-    _name_axes(model, spec)
+    axes = {tensor.name: tensor.shape for tensor in (*spec.inputs, *spec.outputs)}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.name in axes:
+            value.shape = ir.Shape(axes[value.name])
     return TracedGraph(spec, model, weights)
 
 
@@ -260,20 +253,17 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _check_interface(model: ir.Model, spec: GraphSpec) -> None:
-    """Compare the graph's inputs and outputs with `spec`: names, types, fixed and dynamic axes."""
+def _name_interface(model: ir.Model, spec: GraphSpec) -> None:
+    """Name the graph's inputs and outputs as in `spec`, and compare their types, fixed and dynamic axes."""
     faults = []
     for side, values, tensors in (
         ("input", model.graph.inputs, spec.inputs),
         ("output", model.graph.outputs, spec.outputs),
     ):
-        found = {str(value.name): value for value in values}
-        faults += [f"{side} {name}: not expected" for name in found if name not in {t.name for t in tensors}]
-        for tensor in tensors:
-            value = found.get(tensor.name)
-            if value is None:
-                faults.append(f"{side} {tensor.name}: missing")
-                continue
+        faults += [f"{side} {value.name}: not expected" for value in values[len(tensors) :]]
+        faults += [f"{side} {tensor.name}: missing" for tensor in tensors[len(values) :]]
+        for value, tensor in zip(values, tensors, strict=False):
+            value.name = tensor.name
             shape = list(value.shape or ())
             dtype = value.dtype.numpy().name if value.dtype is not None else "nothing"
             fits = len(shape) == len(tensor.shape) and all(
@@ -327,39 +317,25 @@ def _optimize(model: ir.Model) -> None:
             rewrite(model)
             RemoveUnusedNodesPass()(model)
     _CLEAN_UP(model)
+    ClearMetadataAndDocStringPass()(model)
     graph = model.graph
-    ends = {id(value) for value in (*graph.inputs, *graph.outputs)}
     model.metadata_props.clear()
-    graph.metadata_props.clear()
-    for node in graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if id(value) not in ends:
-                # It uses torch's own symbols, which would contradict the axis names given below.
-                value.shape = None
-                value.type = None
-    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+    results = [value for node in graph for value in node.outputs]
+    for value in (*graph.inputs, *graph.initializers.values(), *results):
         value.metadata_props.clear()
         value.doc_string = None
+    for value in results:
+        if not value.is_graph_output():
+            # It uses torch's own symbols, which would contradict the axis names given below.
+            value.shape = value.type = None
 
 
 def _check_constants(model: ir.Model, spec: GraphSpec) -> None:
-    faults = []
-    for name, value in model.graph.initializers.items():
-        size = 0 if value.const_value is None else value.const_value.nbytes
-        if size > INLINE_LIMIT:
-            faults.append(
-                f"{name}: found a constant of {size} bytes that is no weight; at most {INLINE_LIMIT} are fine"
-            )
+    constants = {name: value.const_value for name, value in model.graph.initializers.items()}
+    faults = [
+        f"{name}: found a constant of {held.nbytes} bytes that is no weight; at most {INLINE_LIMIT} are fine"
+        for name, held in constants.items()
+        if held is not None and held.nbytes > INLINE_LIMIT
+    ]
     if faults:
         raise ExportError(fault_list(f"the graph {spec.name!r} would store weights twice:", faults))
-
-
-def _name_axes(model: ir.Model, spec: GraphSpec) -> None:
-    """Name the dynamic axes of inputs and outputs as in `spec`."""
-    tensors: dict[str, Any] = {tensor.name: tensor.shape for tensor in (*spec.inputs, *spec.outputs)}
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        if value.name in tensors:
-            value.shape = ir.Shape(tensors[value.name])

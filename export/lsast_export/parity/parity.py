@@ -7,17 +7,14 @@ axis.
 
 A figure is the largest difference of an output, relative to the largest magnitude of the reference. Weights are rounded
 before either side reads them and both compute in float32, so that only the order of summation differs;
-`ParityPlan.tolerance` leaves room for that on other machines, and is far below the effect of a wrong operation.
+`TOLERANCE` leaves room for that on other machines, and is far below the effect of a wrong operation.
 
-A network is in memory once: torch goes first, its outputs are kept and its networks freed, then the graphs are opened
-one after another.
+torch goes first: its outputs are kept and its networks freed, then the graphs are opened one after another.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lsast_engines.backends.base import Engine
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.graph_spec import (
     CONTROLNET,
@@ -43,7 +39,7 @@ from lsast_engines.errors import ParityError, fault_list
 from lsast_train.base.base import BaseConfig
 from lsast_train.base.lazy_base import LazyBase
 
-from ..graphs.modules import base_on_meta, geometry
+from ..graphs.modules import base_on_meta
 from ..graphs.small_decoder import SmallDecoder
 from ..progress import Eta, Progress, no_progress
 from ..styles.bake import KVProjector
@@ -51,6 +47,9 @@ from .torch_reference import Array, Case, Inputs, Loop, Run, draw_inputs, run_to
 
 LOOP = "loop"
 """Key of the figure of a whole denoising loop."""
+
+TOLERANCE = 1e-4
+"""Largest figure that passes."""
 
 LARGE = 500_000_000
 """Number of weights from which a base is compared at its native size, in fewer cases."""
@@ -72,9 +71,6 @@ class ParityPlan:
     """Batch 1 and 2 with one and two guidance rows, square and not."""
     loop: Loop = field(default_factory=Loop)
     """The run of the cases that loop."""
-    seed: int = 0
-    tolerance: float = 1e-4
-    """Largest figure that passes."""
 
 
 def plan_for(base: LazyBase) -> ParityPlan:
@@ -103,46 +99,37 @@ def measure_parity(
     base: LazyBase,
     graphs: Mapping[str, Path],
     specs: Mapping[str, GraphSpec],
-    plan: ParityPlan,
     backend: str = "onnxruntime",
     device: str = "auto",
     progress: Progress = no_progress,
     cache: Path | None = None,
 ) -> dict[str, float]:
-    """The largest relative error of each graph, and of the denoising loop, over all cases of `plan`.
+    """The largest relative error of each graph, and of the denoising loop, over all cases of `plan_for`.
 
-    The split graphs are compared if they are among `graphs`, at the first step of each case; alone, without the
-    other graphs, they need no loop.
+    The split graphs are compared if they are among `graphs`, at the first step of each case.
 
     Args:
         base: the reference, with the weights as the bundle stores them.
         graphs: the ONNX files by name; a small decoder is not compared here (`measure_small_parity`).
-        backend: see `lsast_engines.backends.registry.open_engine`.
+        backend, device, cache: see `lsast_engines.backends.registry.open_engine`.
         progress: is called at each phase, and with the time that the loops will take.
-        cache: see `lsast_engines.backends.registry.open_engine`.
 
     Raises:
         BackendError: a graph cannot be loaded or run.
         ParityError: an output holds NaN or infinite values.
     """
-    if DENOISER not in graphs:
-        plan = dataclasses.replace(plan, cases=tuple(dataclasses.replace(case, loop=False) for case in plan.cases))
-    networks = base_on_meta(base)
-    cell = base.config.multiple // geometry(networks).factor
-    generator = np.random.default_rng(plan.seed)
-    inputs = [draw_inputs(case, plan.loop, base.config, networks.context_dim, cell, generator) for case in plan.cases]
+    plan, networks = plan_for(base), base_on_meta(base)
+    generator = np.random.default_rng(0)
+    inputs = [draw_inputs(case, plan.loop, networks, generator) for case in plan.cases]
     projector = KVProjector.of_base(networks, base)
     pairs = list(zip(inputs, run_torch(base, inputs, plan.loop, progress), strict=True))
-    figures: dict[str, float] = {}
+    figures = dict.fromkeys((VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER), 0.0)
 
     def note(name: str, found: Array, expected: Array) -> None:
         figures[name] = max(figures.get(name, 0.0), relative_error(found, expected, name))
 
-    @contextmanager
-    def opened(name: str) -> Iterator[Callable[..., dict[str, Array]]]:
-        progress(f"comparing {name} on {backend}")
-        with closing(open_engine(graphs[name], specs[name], backend, device, cache=cache)) as engine:
-            yield partial(run_copied, engine)
+    def opened(name: str) -> AbstractContextManager[Callable[..., dict[str, Array]]]:
+        return _opened(graphs[name], specs[name], backend, device, progress, cache)
 
     @torch.no_grad()
     def feeds(run: Run, drawn: Inputs) -> dict[str, Any]:
@@ -157,35 +144,33 @@ def measure_parity(
             "control_scale": drawn.control_scale,
         }
 
-    if DENOISER in graphs:
-        figures |= dict.fromkeys((VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER), 0.0)
-        with opened(VAE_ENCODER) as graph:
-            for drawn, expected in pairs:
-                outputs = graph(image=drawn.image)
-                note(VAE_ENCODER, outputs["mean"], expected.mean)
-                note(VAE_ENCODER, outputs["std"], expected.std)
-        hints = []
-        with opened(CONTROLNET_COND) as graph:
-            for drawn, expected in pairs:
-                hints.append(graph(edges=drawn.edges)["hint"])
-                note(CONTROLNET_COND, hints[-1], expected.hint)
-        steps = len(plan.loop.schedule(base.config.noise).steps)
-        total = sum(steps if case.loop else 1 for case in plan.cases)
-        eta = Eta(progress, f"comparing {DENOISER} on {backend}", total)
-        with opened(DENOISER) as graph:
-            for (drawn, expected), hint in zip(pairs, hints, strict=True):
-                run = Run(plan.loop, base.config, drawn, expected)
-                while (step := run.step) is not None:
-                    eps = graph(**feeds(run, drawn), hint=hint)["eps"]
-                    if step.index == 0:
-                        note(DENOISER, eps, expected.eps)
-                    run.advance(eps)
-                    eta.step()
-                if drawn.case.loop:
-                    note(LOOP, run.latent, expected.loop_end)
-        with opened(VAE_DECODER) as graph:
-            for drawn, expected in pairs:
-                note(VAE_DECODER, graph(latent=drawn.noise)["image"], expected.image)
+    with opened(VAE_ENCODER) as graph:
+        for drawn, expected in pairs:
+            outputs = graph(image=drawn.image)
+            note(VAE_ENCODER, outputs["mean"], expected.mean)
+            note(VAE_ENCODER, outputs["std"], expected.std)
+    hints = []
+    with opened(CONTROLNET_COND) as graph:
+        for drawn, expected in pairs:
+            hints.append(graph(edges=drawn.edges)["hint"])
+            note(CONTROLNET_COND, hints[-1], expected.hint)
+    steps = len(plan.loop.schedule(base.config.noise).steps)
+    total = sum(steps if case.loop else 1 for case in plan.cases)
+    eta = Eta(progress, f"comparing {DENOISER} on {backend}", total)
+    with opened(DENOISER) as graph:
+        for (drawn, expected), hint in zip(pairs, hints, strict=True):
+            run = Run(plan.loop, base.config, drawn, expected)
+            while (step := run.step) is not None:
+                eps = graph(**feeds(run, drawn), hint=hint)["eps"]
+                if step.index == 0:
+                    note(DENOISER, eps, expected.eps)
+                run.advance(eps)
+                eta.step()
+            if drawn.case.loop:
+                note(LOOP, run.latent, expected.loop_end)
+    with opened(VAE_DECODER) as graph:
+        for drawn, expected in pairs:
+            note(VAE_DECODER, graph(latent=drawn.noise)["image"], expected.image)
     if graphs.keys() >= set(UNET_SPLIT_GRAPHS):
         # Each part gets what the graph of the part before it gave.
         known = [feeds(Run(plan.loop, base.config, *pair), pair[0]) | {"hint": pair[1].hint} for pair in pairs]
@@ -211,44 +196,50 @@ def measure_small_parity(
 ) -> dict[str, float]:
     """The largest relative error of the graph of a small decoder against diffusers' own `decode`.
 
-    Raises:
-        BackendError: the graph cannot be loaded or run.
-        ParityError: an output holds NaN or infinite values.
+    Errors are as of `measure_parity`.
     """
-    progress(f"comparing {VAE_DECODER_TINY} on {backend}")
     generator = np.random.default_rng(0)
     cell = manifest.multiple // manifest.geometry.factor
     figure = 0.0
-    with closing(open_engine(graph, tiny_decoder_spec(manifest.geometry), backend, device)) as engine:
+    with _opened(graph, tiny_decoder_spec(manifest.geometry), backend, device, progress) as decode:
         for batch, height, width in _TINY_SIDES:
             shape = (batch, manifest.geometry.latent_channels, height * cell, width * cell)
             # Twice the deviation of the U-Net's latents, so that the decoder's clamp takes part.
             scaled = 2 * generator.standard_normal(shape, dtype=np.float32)
             with torch.no_grad():
                 expected = small.autoencoder.decode(torch.from_numpy(scaled) / small.scale).sample.numpy()
-            found = run_copied(engine, latent=scaled / np.float32(manifest.latent_scale))["image"]
+            found = decode(latent=scaled / np.float32(manifest.latent_scale))["image"]
             figure = max(figure, relative_error(found, expected, VAE_DECODER_TINY))
     return {VAE_DECODER_TINY: figure}
 
 
-def require_parity(figures: Mapping[str, float], tolerance: float) -> None:
-    """Raise unless every figure is at most `tolerance`.
+def require_parity(figures: Mapping[str, float]) -> None:
+    """Raise unless every figure is at most `TOLERANCE`.
 
     Raises:
         ParityError: naming every figure that is not.
     """
     faults = [
-        f"{name}: found a relative error of {error:.2e}; expected at most {tolerance:.0e}"
+        f"{name}: found a relative error of {error:.2e}; expected at most {TOLERANCE:.0e}"
         for name, error in figures.items()
-        if not error <= tolerance
+        if not error <= TOLERANCE
     ]
     if faults:
         raise ParityError(fault_list("the exported graphs do not compute what torch computes:", faults))
 
 
-def run_copied(engine: Engine, **feeds: Any) -> dict[str, Array]:
-    """Outputs of a graph, copied: the next call may overwrite the engine's own."""
-    return {name: value.copy() for name, value in engine({k: np.asarray(v) for k, v in feeds.items()}).items()}
+@contextmanager
+def _opened(
+    path: Path, spec: GraphSpec, backend: str, device: str, progress: Progress, cache: Path | None = None
+) -> Iterator[Callable[..., dict[str, Array]]]:
+    progress(f"comparing {spec.name} on {backend}")
+    with closing(open_engine(path, spec, backend, device, cache=cache)) as engine:
+
+        def run(**feeds: Any) -> dict[str, Array]:
+            outputs = engine({name: np.asarray(value) for name, value in feeds.items()})
+            return {name: value.copy() for name, value in outputs.items()}  # the next call may overwrite them
+
+        yield run
 
 
 def relative_error(found: npt.NDArray[Any], expected: npt.NDArray[Any], name: str) -> float:

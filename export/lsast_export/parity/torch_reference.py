@@ -21,7 +21,7 @@ from lsast_train.base.base import Base, BaseConfig
 from lsast_train.base.lazy_base import LazyBase
 from lsast_train.base.projection import GROUPS
 
-from ..graphs.modules import base_on_meta
+from ..graphs.modules import base_on_meta, geometry
 from ..progress import Eta, Progress
 
 Array = npt.NDArray[np.float32]
@@ -133,14 +133,14 @@ class Run:
         self._done += 1
 
 
-def draw_inputs(
-    case: Case, loop: Loop, config: BaseConfig, context_dim: int, cell: int, generator: np.random.Generator
-) -> Inputs:
-    """Inputs for `case`; `cell` is the number of latent cells along a side of the smallest legal picture."""
+def draw_inputs(case: Case, loop: Loop, networks: Base, generator: np.random.Generator) -> Inputs:
+    """Inputs of `networks`, which may be on the meta device, for `case`."""
+    config = networks.config
+    cell = config.multiple // geometry(networks).factor
     height, width = case.height * config.multiple, case.width * config.multiple
     latent = (case.batch, 4, case.height * cell, case.width * cell)
     edges = generator.random((case.batch, 1, height, width)) < 0.1
-    contexts = (loop.stages, case.rows, case.batch, len(GROUPS), config.tokens, context_dim)
+    contexts = (loop.stages, case.rows, case.batch, len(GROUPS), config.tokens, networks.context_dim)
     return Inputs(
         case,
         generator.uniform(-1, 1, (case.batch, 3, height, width)).astype(np.float32),

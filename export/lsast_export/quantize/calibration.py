@@ -35,11 +35,7 @@ class Calibration(Engine):
     backend = "onnxruntime"
 
     def __init__(self, path: Path, spec: GraphSpec, folder: Path) -> None:
-        """Prepare the graph of `path` (`fold_weights`).
-
-        Args:
-            folder: an empty folder for its weights, which must exist as long as this object is used.
-        """
+        """Prepare the graph of `path`; its weights lie in `folder`, which must exist as long as this object is used."""
         super().__init__(spec, "cpu", "fp32")
         self.folder = folder
         with (folder / NAME).open("wb") as file:
@@ -115,8 +111,7 @@ class Calibration(Engine):
     def quantized(self, kept: Collection[str], ranges: Ranges | None = None) -> Model:
         """The graph with every layer in int8 but those of `kept`, whose weights lie in `folder`.
 
-        Args:
-            ranges: of a graph with the same layers, in place of the recorded ones.
+        `ranges` of a graph with the same layers take the place of the recorded ones.
         """
         ranges = self.ranges if ranges is None else ranges
         return int8_graph(self._model, self.folder, ranges, set(self.layers).difference(kept))

@@ -20,28 +20,28 @@ from ..progress import Eta, Progress, no_progress
 
 Pixels = npt.NDArray[np.uint8]
 
-DRAWN = "drawn"
-"""The origin that `load_calibration_images` returns for generated pictures."""
-
 
 def load_calibration_images(folder: Path | None, count: int, side: int) -> tuple[list[Pixels], str]:
-    """Square pictures [side, side, 3], and their origin.
+    """Square pictures [side, side, 3], and their origin: the name of `folder`, or ``drawn``.
 
-    Args:
-        folder: pictures of any size, of which `count` are cropped to squares; None generates some.
+    Pictures of `folder` are cropped to squares; None generates some.
 
     Raises:
         UsageError: the folder holds fewer.
         PictureError: no such folder, or a file that is no picture.
     """
     if folder is None:
-        return [_drawn(seed, side) for seed in range(count)], DRAWN
+        return [_drawn(seed, side) for seed in range(count)], "drawn"
+    from PIL import Image, ImageOps
+
     paths = find_pictures(folder)
     if len(paths) < count:
         raise UsageError(f"found {len(paths)} pictures in {folder}; expected at least {count}")
     # Spread over the folder, whose first files may be similar.
     chosen = [paths[index * len(paths) // count] for index in range(count)]
-    return [_square(read_picture(path).rgb, side) for path in chosen], folder.name
+    whole = (Image.fromarray(read_picture(path).rgb) for path in chosen)
+    squares = [ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS) for picture in whole]
+    return [np.asarray(square, np.uint8) for square in squares], folder.name
 
 
 def paint(
@@ -53,17 +53,15 @@ def paint(
     compute_dtype: ComputeDtype = "fp32",
     seed: int = 0,
     progress: Progress = no_progress,
-    phase: str = "painting",
     **options: Any,
 ) -> list[Pixels]:
-    """`pictures` painted on the CPU, [side, side, 3] each, in `styles` in turn and each with a seed of its own.
+    """`pictures` [side, side, 3], of a legal size, painted on the CPU in `styles` in turn, each with a seed of its own.
 
     Args:
-        pictures: [side, side, 3] each, of a legal size.
         styles: names of styles of `bundle`, whose own defaults apply.
         engines: run in place of the bundle's graphs of these names; they are closed at the end, also of a failure.
         seed: of the first picture.
-        progress: called after each step, with `phase`.
+        progress: called after each step.
         options: see `lsast.Stylizer.stylize`.
     """
     with contextlib.ExitStack() as stack:
@@ -77,7 +75,7 @@ def paint(
             for index, rgb in enumerate(pictures)
         ]
         schedules = [make_schedule(bundle, stylizer.resolve(**each)) for each in given]
-        eta = Eta(progress, phase, sum(len(schedule.steps) for schedule in schedules))
+        eta = Eta(progress, "painting", sum(len(schedule.steps) for schedule in schedules))
 
         def on_step(done: int, _steps: int, _preview: object) -> None:
             if done:
@@ -87,12 +85,6 @@ def paint(
             np.asarray(stylizer.stylize(rgb, **each, on_step=on_step))
             for rgb, each in zip(pictures, given, strict=True)
         ]
-
-
-def _square(rgb: Pixels, side: int) -> Pixels:
-    from PIL import Image, ImageOps
-
-    return np.asarray(ImageOps.fit(Image.fromarray(rgb), (side, side), Image.Resampling.LANCZOS), np.uint8)
 
 
 def _drawn(seed: int, side: int) -> Pixels:

@@ -17,6 +17,7 @@ ONNX Runtime's own quantizer gives the same numbers (the tests compare), but hol
 memory twice; here one weight is in memory at a time.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,18 @@ def int8_graph(plain: Model, folder: Path, ranges: Ranges, layers: Collection[st
     """
     model = onnx.ModelProto()
     model.CopyFrom(plain)
-    inserted = _QdqInserter(Weights(plain, folder), ranges)
+    inserted = _QdqInserter(Weights(plain, folder))
     nodes: list[Node] = []
     for node in model.graph.node:
-        if node.name in layers:
-            nodes += inserted.quantize_conv(node) if node.op_type == "Conv" else inserted.quantize_matmul(node)
-        else:
+        if node.name not in layers:
             nodes.append(node)
+            continue
+        if (spans := ranges.get(node.input[1])) is None:
+            raise ExportError(
+                f"found no range of layer {node.name} ({node.input[1]}); expected one recorded by the denoiser"
+            )
+        taken, given = spans
+        nodes += inserted.conv(node, taken, given) if node.op_type == "Conv" else inserted.matmul(node, taken)
     used = {name for node in nodes for name in node.input}
     tensors = [tensor for tensor in model.graph.initializer if tensor.name in used]
     replace_contents(model, nodes, [*tensors, *inserted.tensors])
@@ -79,27 +85,25 @@ def int8_graph(plain: Model, folder: Path, ranges: Ranges, layers: Collection[st
 class _QdqInserter:
     """Makes the nodes and initializers of the pairs."""
 
-    def __init__(self, weights: Weights, ranges: Ranges) -> None:
-        self._weights, self._ranges = weights, ranges
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
         self.tensors: list[Any] = []
         self._shared: dict[str, tuple[str, np.float32]] = {}
-        self._readers: dict[str, int] = {}
+        self._readers: Counter[str] = Counter()
 
-    def quantize_conv(self, node: Node) -> Iterable[Node]:
+    def conv(self, node: Node, taken: Span, given: Span) -> Iterable[Node]:
         """A convolution between its pairs; its inputs and its output get new names."""
         source, weight, result = node.input[0], node.input[1], node.output[0]
-        taken, given = self._spans(node)
         before: list[Node] = []
         if source not in self._shared:
             scale, zero = _unsigned(taken)
             self._shared[source] = (f"{source}/q", scale)
             before = self._pair(source, f"{source}/q", scale, zero)
         node.input[0], step = self._shared[source]
-        array = self._weights[weight]
         bias = self._weights[node.input[2]] if len(node.input) > 2 else None
         # The bias has the scale of the product: beside tiny weights it could exceed 32 bits.
         least = np.abs(bias) / (step * _BIAS_ROOM) if bias is not None else None
-        numbers, scales = to_int8(array, 0, least)
+        numbers, scales = to_int8(self._weights[weight], 0, least)
         before.append(self._constant(node, 1, numbers, scales, axis=0))
         if bias is not None:
             scales = scales * step
@@ -108,27 +112,19 @@ class _QdqInserter:
         node.output[0] = f"{result}/float"
         return [*before, node, *self._pair(f"{result}/float", result, scale, zero)]
 
-    def quantize_matmul(self, node: Node) -> Iterable[Node]:
+    def matmul(self, node: Node, taken: Span) -> Iterable[Node]:
         """A matrix product behind a pair of its own."""
         source = node.input[0]
-        scale = _signed(self._spans(node)[0])
-        count = self._readers.get(source, 0)
-        self._readers[source] = count + 1
-        for _ in range(count):
+        scale = _signed(taken)
+        for _ in range(self._readers[source]):
             scale = np.nextafter(scale, np.float32(np.inf), dtype=np.float32)
-        own = f"{source}/q{count}"
+        own = f"{source}/q{self._readers[source]}"
+        self._readers[source] += 1
         before = self._pair(source, own, scale, np.int8(0))
         numbers, scales = to_int8(self._weights[node.input[1]], 1)
         before.append(self._constant(node, 1, numbers, scales, axis=1))
         node.input[0] = own
         return [*before, node]
-
-    def _spans(self, node: Node) -> tuple[Span, Span]:
-        if (found := self._ranges.get(node.input[1])) is None:
-            raise ExportError(
-                f"found no range of layer {node.name} ({node.input[1]}); expected one recorded by the denoiser"
-            )
-        return found
 
     def _pair(self, source: str, result: str, scale: np.float32, zero: np.generic) -> list[Node]:
         ends = [f"{result}/scale", f"{result}/zero"]

@@ -32,10 +32,8 @@ from .paintings import Pixels, load_calibration_images, paint
 from .qdq import Ranges
 from .weights import NAME, WeightFile
 
-PICTURE_PSNR = "picture_psnr_db"
-"""Key of the mean PSNR of held-out pictures in the manifest's `parity`."""
-PICTURE_PSNR_LEAST = "picture_psnr_least_db"
-"""Key of the lowest of them."""
+PICTURE_PSNR, PICTURE_PSNR_LEAST = "picture_psnr_db", "picture_psnr_least_db"
+"""Keys of the mean PSNR of held-out pictures, and of the lowest, in the manifest's `parity`."""
 
 _log = logging.getLogger("lsast.export")
 
@@ -71,16 +69,7 @@ def quantize_bundle(
             for name in (DENOISER, *options.also)
         }
         found, expected = (
-            paint(
-                source,
-                contents[1::2],
-                turned,
-                options.backend,
-                graphs,
-                seed=1000,
-                progress=progress,
-                phase="evaluating",
-            )
+            paint(source, contents[1::2], turned, options.backend, graphs, seed=1000, progress=progress)
             for graphs in (engines, {})
         )
         # That of equal pictures is infinite, which a manifest cannot hold.
@@ -170,9 +159,7 @@ def _write_graphs(
         with contextlib.ExitStack() as stack:
             engines = {name: stack.enter_context(calibrated(name)) for name in (DENOISER, *sorted(options.also))}
             # From pure noise, which visits every stage.
-            paint(
-                source, contents, styles, options.backend, engines, strength=1.0, progress=progress, phase="calibrating"
-            )
+            paint(source, contents, styles, options.backend, engines, strength=1.0, progress=progress)
             denoiser = engines[DENOISER]
             factors = denoiser.smoothing_factors(options.smooth) if options.smooth is not None else {}
             denoiser.smooth(factors)

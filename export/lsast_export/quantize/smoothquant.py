@@ -78,12 +78,7 @@ def find_groups(model: Model) -> list[Group]:
 def smoothing_factors(
     model: Model, weights: Weights, min_max: Mapping[str, MinMax], alpha: float
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """The factors s of all groups of a folded graph.
-
-    Args:
-        min_max: of each group's activation, by channel.
-        alpha: from 0 to 1.
-    """
+    """The factors s of all groups of a folded graph, by the range of each group's activation, by channel."""
     factors: dict[str, npt.NDArray[np.float32]] = {}
     for group in find_groups(model):
         low, high = min_max[group.activation]
@@ -96,12 +91,9 @@ def smoothing_factors(
 
 
 def smooth(model: Model, weights: Weights, factors: Factors, store: WeightFile) -> None:
-    """Divide activations by `factors` and multiply weights with them, in place.
+    """Divide the activations of a folded graph by `factors` and multiply weights with them, in place.
 
-    Args:
-        model: a folded graph; its groups that are in `factors` are smoothed.
-        factors: of `smoothing_factors`, for this graph or another one with the same layers.
-        store: takes the changed weights.
+    The factors may be those of another graph with the same layers. The changed weights are stored in `store`.
     """
     # A weight may be changed twice: as a layer of one group, and as the producer of the next.
     changes: dict[str, list[npt.NDArray[np.float32]]] = {}

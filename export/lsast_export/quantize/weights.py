@@ -67,9 +67,7 @@ class WeightFile:
     def save(self, model: Model, source: Path, name: str) -> None:
         """Write `model` to the graph file `name`, and its weights to the weight file, one tensor in memory at a time.
 
-        Args:
-            model: is changed; its initializers refer to the weight file afterwards.
-            source: folder of the files that its initializers refer to.
+        Its initializers, which refer to files in `source`, refer to the weight file afterwards.
         """
         weights = Weights(model, source)
         for tensor in model.graph.initializer:
@@ -140,12 +138,7 @@ def biased_product(
     name: str, producers: Mapping[str, Node], constants: Collection[str], users: Mapping[str, int]
 ) -> tuple[Node, Node, str] | None:
     """The nodes of x W and of x W + b, and the name of b, if the value `name` is x W + b with constants W and b, and x
-    W and x W + b have one reader each; None otherwise.
-
-    Args:
-        producers: the node of each value.
-        users: how many read each value.
-    """
+    W and x W + b have one reader each; None otherwise. `users` counts the readers of each value."""
     add = producers.get(name)
     if add is None or add.op_type != "Add" or users[name] != 1:
         return None

@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("lsast.export")
 
-NULL_STYLE = "null"
-"""Name of the unconditional style, row 0 of classifier-free guidance."""
-
 _NETWORKS = {"unet": "unet", "control": "controlnet"}
 """The prefix of a network's weights in ``base.safetensors``, by its name in the manifest."""
 
@@ -59,9 +56,7 @@ def find_distilled(name_or_path: str) -> Path | None:
 def read_prompts(names_or_paths: Sequence[str], bundle: Path | None = None) -> list[Prompts]:
     """The prompts of all named styles.
 
-    Args:
-        names_or_paths: as `find_prompts` takes them.
-        bundle: the bundle whose prompts are found by name.
+    They are named as `find_prompts` takes them; those of `bundle` are found by name.
 
     Raises:
         StyleError: prompts that are missing, damaged or named twice.
@@ -164,7 +159,6 @@ def bake_style(
     """The style of the contexts of every stage and layer group.
 
     Args:
-        projector: of the base; the style is bound to its fingerprint.
         contexts: [stages, 3, tokens, dim], groups in the order of `GROUPS`.
         meta: licence, training facts, default options.
 
@@ -185,9 +179,9 @@ def bake_style(
 
 
 def bake_null_style(projector: KVProjector) -> Style:
-    """The style of the null context: one stage, the same context for every layer group."""
+    """The style of the null context, row 0 of classifier-free guidance: one stage, one context for all layer groups."""
     contexts = projector.null_context.expand(1, len(GROUPS), *projector.null_context.shape)
-    return bake_style(projector, contexts, NULL_STYLE)
+    return bake_style(projector, contexts, "null")
 
 
 def bake_prompts(projector: KVProjector, prompts: Prompts) -> Style:

@@ -5,7 +5,6 @@ output is kept, without dropout: the released script leaves it on by mistake (do
 """
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,23 +24,12 @@ _MODULE = "attention."
 _log = logging.getLogger("lsast.export")
 
 
-@dataclass(frozen=True, eq=False)
-class Released:
-    """The contents of a released checkpoint."""
-
-    embeddings: torch.Tensor
-    """[K, 1, dim] float32: the generator's output without dropout; only the first stages + 2 rows are read."""
-    constant: torch.Tensor
-    """[dim]: what the generator starts from, a row of the token embedding of the text encoder it was trained with."""
-
-    @property
-    def stages(self) -> int:
-        """Equal parts of the noise schedule; the release allots three matrices to each."""
-        return len(self.embeddings) // len(GROUPS)
-
-
-def read_released(path: Path) -> Released:
+def read_released(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Read a checkpoint of the released code; nothing in it is run.
+
+    Returns:
+        The generator's output without dropout, [3 · stages, 1, dim] float32, of which a base reads stages + 2 rows; and
+        what the generator starts from, [dim]: a row of the token embedding of the text encoder it was trained with.
 
     Raises:
         TrainingError: no such file, no PyTorch archive, or one that holds more than tensors and modules.
@@ -53,7 +41,7 @@ def read_released(path: Path) -> Released:
         embeddings = generator()
     if not torch.isfinite(embeddings).all():
         raise StyleError(f"{path} gives prompts that are NaN or infinite; expected a checkpoint of a sound training")
-    return Released(embeddings, generator.constant)
+    return embeddings, generator.constant
 
 
 def import_prompts(path: Path, base: LazyBase, name: str | None = None) -> Prompts:
@@ -71,12 +59,12 @@ def import_prompts(path: Path, base: LazyBase, name: str | None = None) -> Promp
             f"the embeddings in {path} need a text encoder; found base {base.config.name!r} without one (no bundle has "
             "one): name the --base that the bundle was exported from"
         )
-    released = read_released(path)
+    embeddings, constant = read_released(path)
     text = PlaceholderEncoder(base.load("text_encoder"))
-    used, where = matrix_index("step+layer", "overlap", released.stages).unique(return_inverse=True)
+    used, where = matrix_index("step+layer", "overlap", len(embeddings) // len(GROUPS)).unique(return_inverse=True)
     with torch.no_grad():
-        prompts = text.contexts(released.embeddings[used])[where]
-    if not torch.allclose(text.token_embedding(), released.constant, rtol=1e-2, atol=1e-4):
+        prompts = text.contexts(embeddings[used])[where]
+    if not torch.allclose(text.token_embedding(), constant, rtol=1e-2, atol=1e-4):
         _log.warning(
             "%s started from another word embedding than that of base %r: it was trained with another text encoder",
             path,
@@ -84,27 +72,22 @@ def import_prompts(path: Path, base: LazyBase, name: str | None = None) -> Promp
         )
     meta = {"imported_from": path.name, "imported_sha256": file_sha256(path)}
     name = name or path.stem
-    return Prompts(
-        name, base.fingerprint, "step+layer", "geglu", "overlap", "decoder", prompts, meta, released.embeddings
-    )
+    return Prompts(name, base.fingerprint, "step+layer", "geglu", "overlap", "decoder", prompts, meta, embeddings)
 
 
 def _generator(tensors: dict[str, torch.Tensor], path: Path) -> GegluGenerator:
     """The generator with the weights `tensors`; sizes are read from them."""
     state = {key.removeprefix(_MODULE): value for key, value in tensors.items() if key.startswith(_MODULE)}
     faults = [f"{key}: not expected" for key in tensors if not key.startswith(_MODULE) and key != _CONSTANT]
-    sizes: dict[str, tuple[int, ...]] = {}
     for key in ("attn1.to_q.weight", "ff.net.2.weight"):
-        if key in state:
-            sizes[key] = tuple(state[key].shape)
-        if len(sizes.get(key, ())) != 2:
+        if key not in state or state[key].ndim != 2:
             faults.append(f"{_MODULE}{key}: found {_shape(state.get(key))}; expected a matrix")
     constant = tensors.get(_CONSTANT)
     if constant is None or constant.ndim != 2 or len(constant) != 1:
         faults.append(f"{_CONSTANT}: found {_shape(constant)}; expected [1, dim]")
     if faults or constant is None:
         raise StyleError(_not_released(path, faults))
-    dim, (inner, _), (out, hidden) = constant.shape[1], sizes["attn1.to_q.weight"], sizes["ff.net.2.weight"]
+    dim, inner, (out, hidden) = constant.shape[1], len(state["attn1.to_q.weight"]), state["ff.net.2.weight"].shape
     count, rest = divmod(out, dim)
     if rest or not count or count % len(GROUPS):
         faults.append(f"{_MODULE}ff.net.2.weight: found {out} rows; expected {len(GROUPS)} · stages · {dim}")

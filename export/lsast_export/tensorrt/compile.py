@@ -110,8 +110,13 @@ def compile_graph(
     if found is not None and not key.differences(found.key):
         progress(phase, "up to date")
         return found
-    if "BFLOAT16" in dtypes_in(path):
-        _require_bf16(targets, path.name)
+    if "BFLOAT16" in dtypes_in(path):  # before minutes are spent
+        lacking = [target for target in targets if target != PORTABLE and float(target) < BF16_CAPABILITY]
+        if lacking:
+            raise ExportError(
+                f"found bf16 weights in {path.name} for the compute capabilities {', '.join(lacking)}; expected at "
+                f"least {BF16_CAPABILITY}: leave them out, or export with --storage-dtype fp16"
+            )
     if found is not None:
         progress(phase, f"took {found.seconds:.0f} s last time")
     began = time.perf_counter()
@@ -250,23 +255,11 @@ def _targets(options: CompileOptions, trt: Any) -> tuple[tuple[str, ...], str]:
 
 
 def _capability(trt: Any, target: str) -> Any:
-    known = [
-        capability
-        for capability in RTX_CAPABILITIES
-        if f"SM{capability.replace('.', '')}" in trt.ComputeCapability.__members__
-    ]
+    members = trt.ComputeCapability.__members__
+    known = {name: members[key] for name in RTX_CAPABILITIES if (key := f"SM{name.replace('.', '')}") in members}
     if target not in known:
         raise UsageError(
             f"found compute capability {target}; tensorrt-rtx {trt.__version__} compiles for {', '.join(known)}, the "
             "capabilities of the GPUs that it runs on: use onnxruntime or tensorrt for others"
         )
-    return trt.ComputeCapability.__members__[f"SM{target.replace('.', '')}"]
-
-
-def _require_bf16(targets: tuple[str, ...], holder: str) -> None:
-    """Refuse targets whose GPUs lack bf16, which the file `holder` has, before minutes are spent."""
-    if lacking := [target for target in targets if target != PORTABLE and float(target) < BF16_CAPABILITY]:
-        raise ExportError(
-            f"found bf16 weights in {holder} for the compute capabilities {', '.join(lacking)}; expected at least "
-            f"{BF16_CAPABILITY}: leave them out, or export with --storage-dtype fp16"
-        )
+    return known[target]

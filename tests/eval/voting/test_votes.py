@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from lsast_engines.errors import LsastError, UsageError
-from lsast_eval.voting.page import VoteSession, draw_pairs, open_server
+from lsast_eval.voting.page import Pair, VoteSession, draw_pairs, open_server
 from lsast_eval.voting.votes import Vote, append_vote, left_bias, read_votes, win_rates
 
 from ..conftest import save, scene
@@ -116,9 +116,12 @@ def folders(tmp_path: Path) -> dict[str, Path]:
     return {path.name: path for path in tmp_path.iterdir()}
 
 
+def drawn(folders: dict[str, Path], works: Path | None, seed: int) -> list[Pair]:
+    return draw_pairs(folders["contents"], {name: folders[name] for name in METHODS}, works, seed)
+
+
 def test_draw_pairs_covers_all_pairs_in_random_order(folders):
-    methods = {name: folders[name] for name in METHODS}
-    pairs = draw_pairs(folders["contents"], methods, folders["works"], seed=1)
+    pairs = drawn(folders, folders["works"], seed=1)
     questions = Counter((pair.content, frozenset((pair.left, pair.right))) for pair in pairs)
     assert len(questions) == len(pairs) == 4 * 3
     assert set(questions.values()) == {1}
@@ -127,7 +130,7 @@ def test_draw_pairs_covers_all_pairs_in_random_order(folders):
         assert {path.stem for path in pair.files} == {pair.content}
         assert len(set(pair.works)) == 3
     assert [pair.content for pair in pairs] != sorted(pair.content for pair in pairs)
-    many = [pair for seed in range(30) for pair in draw_pairs(folders["contents"], methods, None, seed)]
+    many = [pair for seed in range(30) for pair in drawn(folders, None, seed)]
     on_the_left = np.mean([pair.left == "ours" for pair in many if "ours" in (pair.left, pair.right)])
     assert 0.4 < on_the_left < 0.6
     with pytest.raises(UsageError, match="at least two"):
@@ -145,8 +148,7 @@ def _ask(port: int, path: str, data: bytes | None = None, **headers: str) -> tup
 
 @pytest.fixture
 def session(folders: dict[str, Path], tmp_path: Path) -> VoteSession:
-    pairs = draw_pairs(folders["contents"], {name: folders[name] for name in METHODS}, folders["works"], seed=3)
-    return VoteSession(pairs, "monet", tmp_path / "votes.jsonl", "me")
+    return VoteSession(drawn(folders, folders["works"], seed=3), "monet", tmp_path / "votes.jsonl", "me")
 
 
 @pytest.fixture
@@ -226,12 +228,9 @@ def test_vote_session_asks_each_voter_once(folders, session, tmp_path):
     session.answer({"pair": session.next()["pair"], "choice": "left", "seconds": 2})
     (written,) = read_votes([out])
     assert (written.voter, written.artist, written.seconds) == ("me", "monet", 2)
-    methods = {name: folders[name] for name in METHODS}
     # Another seed: other order, other sides, the same questions.
-    again = VoteSession(draw_pairs(folders["contents"], methods, None, seed=8), "monet", out, "me")
-    assert again.remaining == 11
-    assert VoteSession(draw_pairs(folders["contents"], methods, None, 8), "monet", out, "you").remaining == 12
-    assert VoteSession(draw_pairs(folders["contents"], methods, None, 8), "hokusai", out, "me").remaining == 12
+    for artist, voter, left in (("monet", "me", 11), ("monet", "you", 12), ("hokusai", "me", 12)):
+        assert VoteSession(drawn(folders, None, seed=8), artist, out, voter).remaining == left
 
 
 def test_open_server_on_a_taken_port_fails(port, session):

@@ -19,13 +19,14 @@ from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
 from lsast_engines.files import file_sha256
 
+MIN_BYTES = fp32_weights.MIN_BYTES
 
-@pytest.fixture
+
+@pytest.fixture(autouse=True)
 def _all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp32_weights, "MIN_BYTES", 0)
 
 
-@pytest.mark.usefixtures("_all_are_large")
 @pytest.mark.parametrize("storage_dtype", ["fp16", "bf16"])
 def test_with_fp32_weights_matches_a_float32_bundle(bundles, tmp_path, storage_dtype):
     bundle = bundles[storage_dtype]
@@ -50,7 +51,6 @@ def test_with_fp32_weights_matches_a_float32_bundle(bundles, tmp_path, storage_d
     assert all(torch.equal(wide[key], stored[key].float()) for key in stored)
 
 
-@pytest.mark.usefixtures("_all_are_large")
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_with_fp32_weights_computes_the_same(bundles, run, feeds, monkeypatch, tmp_path, backend):
     bundle = bundles["bf16"]
@@ -63,30 +63,23 @@ def test_with_fp32_weights_computes_the_same(bundles, run, feeds, monkeypatch, t
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_with_fp32_weights_leaves_small_and_float32_weights_alone(bundles, monkeypatch, tmp_path):
-    path = bundles["fp16"].graph_path("controlnet_cond")
-    assert with_fp32_weights(path, tmp_path) == path
-    monkeypatch.setattr(fp32_weights, "MIN_BYTES", 0)
-    path = bundles["fp32"].graph_path("controlnet_cond")
+@pytest.mark.parametrize(("storage_dtype", "least"), [("fp16", MIN_BYTES), ("fp32", 0)])
+def test_with_fp32_weights_leaves_small_and_float32_weights_alone(bundles, monkeypatch, tmp_path, storage_dtype, least):
+    monkeypatch.setattr(fp32_weights, "MIN_BYTES", least)
+    path = bundles[storage_dtype].graph_path("controlnet_cond")
     assert with_fp32_weights(path, tmp_path) == path
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("_all_are_large")
-def test_with_fp32_weights_converts_once_and_again_after_a_change(bundles, monkeypatch, tmp_path):
-    copy = Path(shutil.copytree(bundles["bf16"].path, tmp_path / "copy"))
-    monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
-    first = with_fp32_weights(copy / "controlnet_cond.onnx")
+def test_with_fp32_weights_converts_once_for_all_graphs(bundles, tmp_path):
+    first = with_fp32_weights(bundles["bf16"].graph_path("controlnet_cond"))
     assert first.is_relative_to(tmp_path / "home" / "fp32")
     inode = (first.parent / "base.safetensors").stat().st_ino
-    second = with_fp32_weights(copy / "vae_encoder.onnx")
+    second = with_fp32_weights(bundles["bf16"].graph_path("vae_encoder"))
     assert (second.parent, (second.parent / "base.safetensors").stat().st_ino) == (first.parent, inode)
-    shutil.copytree(bundles["fp16"].path, copy, dirs_exist_ok=True)  # the bundle is replaced
-    assert with_fp32_weights(copy / "controlnet_cond.onnx").parent != first.parent
 
 
-@pytest.mark.usefixtures("_all_are_large")
-def test_with_fp32_weights_that_were_damaged_converts_again(bundles, monkeypatch, tmp_path):
+def test_with_fp32_weights_that_were_damaged_converts_again(bundles, tmp_path):
     path = bundles["bf16"].graph_path("controlnet_cond")
     weights = with_fp32_weights(path, tmp_path).parent / "base.safetensors"
     whole = weights.read_bytes()
@@ -99,7 +92,6 @@ def test_with_fp32_weights_that_were_damaged_converts_again(bundles, monkeypatch
         assert digest.read_text() == file_sha256(weights)
 
 
-@pytest.mark.usefixtures("_all_are_large")
 def test_with_fp32_weights_of_other_weights_of_the_same_size_and_time_are_not_used(bundles, tmp_path):
     copy = Path(shutil.copytree(bundles["bf16"].path, tmp_path / "copy"))
     weights, manifest = copy / "base.safetensors", copy / "manifest.json"
@@ -112,7 +104,6 @@ def test_with_fp32_weights_of_other_weights_of_the_same_size_and_time_are_not_us
     assert with_fp32_weights(copy / "controlnet_cond.onnx", tmp_path).parent != first.parent
 
 
-@pytest.mark.usefixtures("_all_are_large")
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
 def test_with_fp32_weights_without_a_cache_of_its_own_leaves_them_to_the_backend(
     bundles, tmp_path, monkeypatch, caplog
@@ -121,8 +112,8 @@ def test_with_fp32_weights_without_a_cache_of_its_own_leaves_them_to_the_backend
     cache = tmp_path / "cache"
     before = os.umask(0)
     try:
-        assert with_fp32_weights(path, cache).parent.parent == cache
-        assert with_fp32_weights(path, cache).parent.parent == cache
+        for _ in range(2):
+            assert with_fp32_weights(path, cache).parent.parent == cache
     finally:
         os.umask(before)
     cache.chmod(0o777)
@@ -137,7 +128,6 @@ def test_with_fp32_weights_without_a_cache_of_its_own_leaves_them_to_the_backend
     assert not list(tmp_path.glob("full/**/*.safetensors"))
 
 
-@pytest.mark.usefixtures("_all_are_large")
 def test_with_fp32_weights_replaces_what_the_same_file_held_before(bundles, tmp_path):
     bundle, cache = shutil.copytree(bundles["fp16"].path, tmp_path / "bundle"), tmp_path / "cache"
     old = with_fp32_weights(bundle / "denoiser.onnx", cache).parent

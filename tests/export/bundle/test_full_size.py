@@ -1,5 +1,6 @@
 """Stable Diffusion 1.5 at full size, random weights: memory, parity and painting, by `benchmarks/sd15_random.py`."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -120,7 +121,7 @@ def in_torch(folder: Path, graph: str, feeds: dict[str, np.ndarray]) -> list[np.
 
     parts = open_base(folder)
     names = {"denoiser": ("unet", "controlnet"), "controlnet_cond": ("controlnet",)}.get(graph, ("autoencoder",))
-    base = base_on_meta(parts, **{name: parts.load(name, torch.float16) for name in names})
+    base = dataclasses.replace(base_on_meta(parts), **{name: parts.load(name, torch.float16) for name in names})
     inputs = [torch.from_numpy(value) for value in feeds.values()]
     with torch.no_grad(), SumsInFloat():
         outputs = graph_module(base, graph)(*(value.half() if value.is_floating_point() else value for value in inputs))

@@ -68,8 +68,7 @@ def test_run_torch_holds_one_network_at_a_time(bundles, monkeypatch):
 
     monkeypatch.setattr(reference, "loaded", watched)
     generator = np.random.default_rng(0)
-    width = parts.null_context.shape[1]
-    inputs = [draw_inputs(case, plan.loop, parts.config, width, 8, generator) for case in plan.cases]
+    inputs = [draw_inputs(case, plan.loop, base_on_meta(parts), generator) for case in plan.cases]
     details: list[str] = []
     run_torch(parts, inputs, plan.loop, lambda phase, detail="": details.append(detail))
     steps = len(plan.loop.schedule(parts.config.noise).steps)

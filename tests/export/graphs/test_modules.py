@@ -25,19 +25,16 @@ from lsast_train.base.lazy_base import load_base
 SHAPES = [(3, 2, 8, 8), (1, 1, 24, 8), (2, 2, 8, 32)]
 
 
-def stock_networks(bundle: Bundle) -> tuple[Any, Any]:
+def stock_networks(bundle: Bundle) -> list[Any]:
     """The bundle's U-Net and ControlNet, built by diffusers from configuration and weights, untouched by us."""
-    source = load_base(bundle.path)
-    tensors = {name: tensor.float() for name, tensor in load_file(bundle.path / "base.safetensors").items()}
+    source, tensors = load_base(bundle.path), load_file(bundle.path / "base.safetensors")
     networks = []
-    for prefix, kind, ours in (
-        ("unet.", UNet2DConditionModel, source.unet),
-        ("controlnet.", ControlNetModel, source.controlnet),
-    ):
-        network = kind.from_config(ours.config).eval()
-        network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    for name, kind in (("unet", UNet2DConditionModel), ("controlnet", ControlNetModel)):
+        network = kind.from_config(getattr(source, name).config).eval()
+        own = {k.removeprefix(f"{name}."): v.float() for k, v in tensors.items() if k.startswith(f"{name}.")}
+        network.load_state_dict(own)
         networks.append(network)
-    return networks[0], networks[1]
+    return networks
 
 
 @pytest.mark.parametrize("storage_dtype", ["fp32", "fp16", "bf16"])
@@ -146,7 +143,10 @@ def test_graph_module_shares_weights_and_changes_no_network(monkeypatch):
 
 def test_trace_reads_and_changes_no_weight(base, traced):
     assert all(weight.device.type == "cpu" and not is_fake(weight) for weight in base.controlnet.parameters())
-    module = graph_module(skeleton_of(base), "controlnet_cond")
+    with torch.device("meta"):
+        networks = {name: type(net).from_config(net.config) for name, net in base.networks().items()}
+    skeleton = Base(base.config, base.fingerprint, null_context=base.null_context, **networks)
+    module = graph_module(skeleton, "controlnet_cond")
     empty = trace(module, traced["controlnet_cond"].spec, base.config.multiple, geometry(base).factor)
     assert all(weight.device.type == "meta" and not is_fake(weight) for weight in module.parameters())
     models = (empty.model, traced["controlnet_cond"].model)
@@ -155,9 +155,3 @@ def test_trace_reads_and_changes_no_weight(base, traced):
     ]
     assert nodes[0] == nodes[1]
     assert empty.weights == traced["controlnet_cond"].weights
-
-
-def skeleton_of(base: Base) -> Base:
-    with torch.device("meta"):
-        networks = {name: type(net).from_config(net.config) for name, net in base.networks().items()}  # type: ignore[attr-defined]
-    return Base(base.config, base.fingerprint, null_context=base.null_context, **networks)

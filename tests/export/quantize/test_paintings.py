@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import lsast
-from lsast_engines.backends.base import Engine
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.bundle.style import encode_defaults
@@ -15,20 +14,6 @@ from lsast_engines.errors import BackendError, UsageError
 from lsast_export.quantize.options import QuantizeOptions
 from lsast_export.quantize.paintings import load_calibration_images, paint
 from lsast_export.quantize.quantize import quantize_bundle
-
-
-def opened(bundle: Bundle, name: str) -> Engine:
-    return open_engine(bundle.graph_path(name), bundle.manifest.graphs[name], "onnxruntime", "cpu")
-
-
-def with_defaults(bundle: Bundle, folder: Path, **defaults: object) -> Bundle:
-    """A copy of `bundle` whose style `hand` has these default options."""
-    shutil.copytree(bundle.path, folder)
-    style = bundle.style("hand")
-    dataclasses.replace(style, meta={**style.meta, **encode_defaults(defaults)}).save(
-        folder / "styles" / "hand.safetensors"
-    )
-    return Bundle.open(folder)
 
 
 def test_paint_gives_the_paintings_of_the_runtime_with_palettes_and_counts_every_step():
@@ -43,7 +28,6 @@ def test_paint_gives_the_paintings_of_the_runtime_with_palettes_and_counts_every
         steps=3,
         strength=1.0,
         progress=lambda phase, detail: shown.append((phase, detail.split(",")[0])),
-        phase="painting",
     )
     with lsast.load(backend="onnxruntime", compute_dtype="fp32") as stylizer:
         assert stylizer.resolve(style="monet").palette > 0  # one is in the comparison
@@ -64,8 +48,8 @@ def test_paint_gives_the_paintings_of_the_runtime_with_palettes_and_counts_every
 def test_paint_runs_given_engines_and_closes_them_also_after_an_error(bundles, backend, options, error):
     bundle = bundles["fp32"]
     contents, _ = load_calibration_images(None, 1, 64)
-    engine, ran = opened(bundle, "denoiser"), []
-    run = engine._run
+    engine = open_engine(bundle.graph_path("denoiser"), bundle.manifest.graphs["denoiser"], "onnxruntime", "cpu")
+    run, ran = engine._run, []
     engine._run = lambda feeds: ran.append(1) or run(feeds)
     with pytest.raises(error) if error else contextlib.nullcontext():
         paint(bundle, contents, ["hand"], backend, {"denoiser": engine}, **options)
@@ -75,10 +59,12 @@ def test_paint_runs_given_engines_and_closes_them_also_after_an_error(bundles, b
 
 
 def test_quantize_names_the_style_whose_own_defaults_are_invalid_before_it_calibrates(bundles, tmp_path):
-    bundle = with_defaults(bundles["fp32"], tmp_path / "wrong", control_scale=3.0)
+    folder = Path(shutil.copytree(bundles["fp32"].path, tmp_path / "wrong"))
+    style, own = bundles["fp32"].style("hand"), encode_defaults({"control_scale": 3.0})
+    dataclasses.replace(style, meta={**style.meta, **own}).save(folder / "styles" / "hand.safetensors")
     phases = []
     with pytest.raises(UsageError, match=r"(?s)style hand: .*control_scale: found 3.0"):
-        quantize_bundle(bundle, tmp_path / "int8", QuantizeOptions(size=64), progress=phases.append)
+        quantize_bundle(Bundle.open(folder), tmp_path / "int8", QuantizeOptions(size=64), progress=phases.append)
     assert "calibrating" not in phases
 
 

@@ -20,7 +20,7 @@ from graph_runs import run_graph
 from lsast_engines.backends.onnxruntime import OnnxRuntimeEngine
 from lsast_engines.backends.openvino import compute_dtypes
 from lsast_engines.backends.registry import open_engine
-from lsast_engines.bundle.bundle import EMBEDDED, Bundle
+from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
 from lsast_engines.errors import BackendError, ParityError, TrainingError, UsageError
 from lsast_engines.images import psnr
@@ -99,6 +99,10 @@ def saved(model: Any, folder: Path) -> Path:
     return folder / "saved.onnx"
 
 
+def in_int8(calibration: Calibration) -> Path:
+    return saved(calibration.quantized([]), calibration.folder)
+
+
 def kinds(model: Any) -> collections.Counter[str]:
     return collections.Counter(node.op_type for node in model.graph.node)
 
@@ -128,7 +132,7 @@ def test_fold_weights_keeps_a_split_with_another_reader(tmp_path):
 def test_int8_graph_runs_in_int8_on_onnx_runtime(tmp_path, monkeypatch):
     calibration = calibrated(toy(tmp_path), draw(4))
     assert calibration.layers == ["conv1", "conv2", "linear/half0", "linear/half1"]
-    path = saved(calibration.quantized([]), calibration.folder)
+    path = in_int8(calibration)
 
     class Options(onnxruntime.SessionOptions):
         def __init__(self) -> None:
@@ -144,8 +148,7 @@ def test_int8_graph_runs_in_int8_on_onnx_runtime(tmp_path, monkeypatch):
 
 
 def test_int8_graph_runs_in_int8_on_openvino(tmp_path):
-    calibration = calibrated(toy(tmp_path), draw(4))
-    path = saved(calibration.quantized([]), calibration.folder)
+    path = in_int8(calibrated(toy(tmp_path), draw(4)))
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = collections.defaultdict(set)
     for node in compiled.get_runtime_model().get_ops():
@@ -187,8 +190,7 @@ def test_int8_graph_has_the_numbers_of_onnx_runtimes_quantizer(tmp_path):
     )  # fmt: skip
     quantizer.quantize_model()
     theirs = quantizer.model.model
-    calibration = calibrated(path, draw(4))
-    ours = saved(calibration.quantized([]), calibration.folder)
+    ours = in_int8(calibrated(path, draw(4)))
     onnx.save(theirs, tmp_path / "theirs.onnx")
 
     def numbers(model: Any) -> list[bytes]:
@@ -205,8 +207,7 @@ def test_int8_graph_has_the_numbers_of_onnx_runtimes_quantizer(tmp_path):
 def test_int8_engine_multiplies_without_overflow_on_any_processor(tmp_path):
     """Fused products are off by roundings; on AVX2 without VNNI, sums in 16 bits made it four times as much."""
     path = toy(tmp_path)
-    calibration = calibrated(path, draw(4))
-    ours = saved(calibration.quantized([]), calibration.folder)
+    ours = in_int8(calibrated(path, draw(4)))
     (feeds,) = draw(1)
     expected = run_graph(ours, feeds, optimize=False)["y"]
     with contextlib.closing(OnnxRuntimeEngine(ours, SPEC, "cpu", 1)) as engine:
@@ -222,8 +223,7 @@ def test_int8_graph_keeps_a_bias_larger_than_its_weights(tmp_path):
             array[:4], array[4:8] = 0, array[4:8] * 1e-12
             tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     onnx.save(model, path := tmp_path / "light.onnx")
-    calibration = calibrated(path, draw(4))
-    quantized = onnx.load(saved(calibration.quantized([]), calibration.folder))
+    quantized = onnx.load(in_int8(calibrated(path, draw(4))))
     tensors = {
         tensor.name: numpy_helper.to_array(tensor)
         for tensor in (*quantized.graph.initializer, *model.graph.initializer)
@@ -328,20 +328,21 @@ def test_quantize_bundle_with_also_quantizes_the_autoencoder(bundles, tmp_path):
     assert also.manifest.parity[PICTURE_PSNR] >= SMALL["target"]
 
 
-def test_quantize_bundle_lists_all_faults_of_options(bundles, tmp_path):
-    wrong = QuantizeOptions(pictures=0, size=65, smooth=1.5, also=frozenset({"controlnet_cond"}))
-    with pytest.raises(
-        UsageError, match=r"(?s)pictures: found 0; .*smooth: found 1.5; .*size: found 65; .*also controlnet_cond"
-    ):
-        quantize_bundle(bundles["fp32"], tmp_path / "out", wrong)
-    with pytest.raises(UsageError, match=r"(?s)size: found '64'; .*target: found nan"):
-        quantize_bundle(bundles["fp32"], tmp_path / "out", QuantizeOptions(size="64", target=np.nan))
-
-
-def test_quantize_takes_whole_numbers_of_numpy(tmp_path):
-    options = QuantizeOptions(pictures=np.int64(0), size=np.int64(64), target=np.float32(5))
-    with pytest.raises(UsageError, match=r"pictures: found 0; [^:]*$"):  # and no other fault
-        quantize_bundle(Bundle.open(EMBEDDED), tmp_path / "out", options)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"pictures": 0, "size": 65, "smooth": 1.5, "also": frozenset({"controlnet_cond"})},
+            r"pictures: found 0; .*smooth: found 1.5; .*size: found 65; .*also controlnet_cond",
+        ),
+        ({"size": "64", "target": np.nan}, r"size: found '64'; .*target: found nan"),
+        # whole numbers of NumPy are fine, so there is no other fault
+        ({"pictures": np.int64(0), "size": np.int64(64), "target": np.float32(5)}, r"pictures: found 0; [^:]*$"),
+    ],
+)
+def test_quantize_bundle_lists_all_faults_of_options(bundles, tmp_path, options, message):
+    with pytest.raises(UsageError, match=f"(?s){message}"):
+        quantize_bundle(bundles["fp32"], tmp_path / "out", QuantizeOptions(**options))
 
 
 def test_quantize_command_calibrates_on_a_folder(bundles, tmp_path):

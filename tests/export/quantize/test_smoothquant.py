@@ -8,7 +8,7 @@ from graph_runs import run_graph
 from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
 from lsast_export.quantize.smoothquant import find_groups
 
-from .test_quantize import calibrated, error, save_graph, saved
+from .test_quantize import calibrated, error, in_int8, save_graph
 
 WIDTH = 16
 SPEC = GraphSpec(
@@ -81,9 +81,9 @@ def test_smooth_halves_the_error_of_int8_with_outliers(tmp_path):
     (feeds,) = draw(1, seed=2)
     expected = run_graph(path, feeds)["y"]
     calibration = calibrated(path, draw(8), SPEC)
-    plain = error(run_graph(saved(calibration.quantized([]), calibration.folder), feeds)["y"], expected)
+    plain = error(run_graph(in_int8(calibration), feeds)["y"], expected)
     calibration.smooth(calibration.smoothing_factors(0.5))
-    assert error(run_graph(saved(calibration.quantized([]), calibration.folder), feeds)["y"], expected) < plain / 2
+    assert error(run_graph(in_int8(calibration), feeds)["y"], expected) < plain / 2
 
 
 def test_folded_and_smoothed_denoiser_computes_the_same_in_the_predicted_ranges(bundles, feeds, run, tmp_path):
