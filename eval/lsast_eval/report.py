@@ -94,7 +94,7 @@ class Report:
     """Caveats, for whoever quotes a figure."""
     options: EvalOptions
     columns: Sequence[tuple[str, Sequence[Path]]] = field(repr=False)
-    """Of the contact sheet: the heading, and a file for each content, sorted by stem."""
+    """Columns of the contact sheet: heading, and a file for each content, sorted by stem."""
 
     def row(self, name: str) -> Row:
         """The row of a method or reference.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from lsast_engines.cli import echo, quiet
 
 Progress = Callable[..., None]
-"""Is called with a phase as it begins; while it lasts, with the phase and where it is."""
+"""Is called with a phase as it begins; while it lasts, with what is being done and how far it is."""
 
 
 def no_progress(phase: str, detail: str = "") -> None:

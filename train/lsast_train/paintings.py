@@ -225,7 +225,7 @@ def _fit(pixels: npt.NDArray[np.uint8], size: int, crop: Crop) -> npt.NDArray[np
 def latent_statistics(base: Base, paintings: Sequence[Painting], most: int = 24) -> LatentStatistics:
     """The artist's palette: mean over paintings of each latent channel's mean and standard deviation in a painting.
 
-    Of at most so many of them, evenly drawn, a square in the middle is encoded.
+    Of at most `most` paintings, evenly drawn, a square in the middle is encoded, no larger than the base's size.
     """
     moments = []
     for painting in paintings[:: max(1, len(paintings) // most)][:most]:

@@ -126,8 +126,8 @@ class Engine(abc.ABC):
             return self._run({name: np.asarray(value, order="C") for name, value in feeds.items()})
 
     def release_memory(self) -> None:
-        """Free working memory until the next call, where the backend can, also outputs of the last call; weights and
-        bound inputs stay."""
+        """Free working memory until the next call, where the backend can; weights and bound inputs stay. The outputs of
+        the last call may be freed with it."""
         with self._exclusive():
             self._release_memory()
 

@@ -126,7 +126,7 @@ class LinearProbe:
     def fit(cls, vectors: Vectors, labels: Labels, classes: int, l2: float) -> LinearProbe:
         """Minimise the mean cross-entropy plus ``l2 / 2 · |W|²``; every class weighs the same, however many it has.
 
-        Of `vectors` [N, D] and `labels` [N], each below `classes`, each class at least once.
+        `vectors` are [N, D], `labels` [N]: each below `classes`, each class at least once.
         """
         import torch
         import torch.nn.functional as F

@@ -36,8 +36,8 @@ def luminance(rgb: Pixels) -> npt.NDArray[np.float64]:
 def ssim(content: Pixels, result: Pixels) -> float:
     """Mean structural similarity of the luminance (Wang et al. 2004): 1 for equal pictures, about 0 for unrelated.
 
-    Of two pictures [H, W, 3], both sides at least 11. Gaussian window of 11 pixels and deviation 1.5, population
-    moments; the border that the window does not fill is left out.
+    Of two pictures [H, W, 3] of one shape, both sides at least 11. Gaussian window of 11 pixels and deviation 1.5,
+    population moments; the border that the window does not fill is left out.
     """
     cv2 = import_opencv()
     taps = cv2.getGaussianKernel(_WINDOW, _SIGMA, cv2.CV_64F)
@@ -61,8 +61,8 @@ def edge_f1(content: Pixels, result: Pixels, tolerance: float = 2.0) -> float:
     """How well Canny's edges of the result and of the content meet: 1 where every edge has one within `tolerance`.
 
     Harmonic mean of the share of the result's edge pixels that have an edge of the content within `tolerance` pixels
-    (Euclidean), and of the share of the content's that have one of the result; both are [H, W, 3]. Two pictures without
-    edges agree: 1.
+    (Euclidean), and of the share of the content's that have one of the result; both are [H, W, 3], of one
+    shape. Two pictures without edges agree: 1.
     """
     one, two = canny_edges(content), canny_edges(result)
     if not one.any() or not two.any():

@@ -17,8 +17,8 @@ def fid(x: Floats, y: Floats, draws: Iterable[npt.NDArray[np.int64]] = ()) -> tu
     which would be singular wherever there are fewer pictures than features.
 
     Args:
-        x: [n, D], n at least 2.
-        y: [m, D], m at least 2.
+        x: [n, D] float64, n at least 2.
+        y: [m, D] float64, m at least 2.
         draws: resamplings of x, each [n] of row numbers.
 
     Returns:

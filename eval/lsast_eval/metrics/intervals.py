@@ -46,7 +46,10 @@ def bootstrap_indices(count: int, times: int, seed: int) -> npt.NDArray[np.int64
 
 
 def wilson(successes: float, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Interval of a share, by Wilson (1927): sensible also for 0 and for all of a few; ties count as halves."""
+    """Interval of a share, by Wilson (1927): sensible also for 0 and for all of a few.
+
+    `successes` are 0 to `count`, with halves for ties; `count` is at least 1, `confidence` above 0 and below 1.
+    """
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share = successes / count
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)

@@ -66,7 +66,8 @@ class _Answer:
 def draw_pairs(contents: Path, methods: Mapping[str, Path], works: Path | None, seed: int) -> list[Pair]:
     """Every content with every pair of methods, in random order and with random sides.
 
-    Works beside them are drawn from the folder `works`; None shows none.
+    `methods` has at least two folders of results by name. Works beside them are drawn from the folder `works`; None
+    shows none. `seed` is that of the order, the sides and the works.
 
     Raises:
         UsageError: fewer than two methods.

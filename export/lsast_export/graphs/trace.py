@@ -272,6 +272,10 @@ def _name_interface(model: ir.Model, spec: GraphSpec) -> None:
             )
             if not fits or dtype != tensor.dtype:
                 faults.append(f"{side} {tensor.name}: found {dtype} {[str(axis) for axis in shape]}; expected {tensor}")
+    for values, tensors in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
+        # A value that stands for two of them keeps the last name.
+        named = zip(values, tensors, strict=False)
+        faults += [f"{tensor.name}: is {value.name}, too" for value, tensor in named if value.name != tensor.name]
     if faults:
         raise ExportError(fault_list(f"the exported graph {spec.name!r} has another interface:", faults))
 

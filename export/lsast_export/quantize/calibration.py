@@ -35,7 +35,7 @@ class Calibration(Engine):
     backend = "onnxruntime"
 
     def __init__(self, path: Path, spec: GraphSpec, folder: Path) -> None:
-        """Prepare the graph of `path`; its weights lie in `folder`, which must exist as long as this object is used."""
+        """Prepare the graph of `path`; its weights go to the empty `folder`, used as long as this object is."""
         super().__init__(spec, "cpu", "fp32")
         self.folder = folder
         with (folder / NAME).open("wb") as file:

@@ -78,7 +78,8 @@ def find_groups(model: Model) -> list[Group]:
 def smoothing_factors(
     model: Model, weights: Weights, min_max: Mapping[str, MinMax], alpha: float
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """The factors s of all groups of a folded graph, by the range of each group's activation, by channel."""
+    """The factors s of all groups of a folded graph, from the range of each group's activation by channel (`min_max`);
+    `alpha` is from 0 to 1."""
     factors: dict[str, npt.NDArray[np.float32]] = {}
     for group in find_groups(model):
         low, high = min_max[group.activation]
@@ -91,9 +92,8 @@ def smoothing_factors(
 
 
 def smooth(model: Model, weights: Weights, factors: Factors, store: WeightFile) -> None:
-    """Divide the activations of a folded graph by `factors` and multiply weights with them, in place.
-
-    The factors may be those of another graph with the same layers. The changed weights are stored in `store`.
+    """Divide activations of a folded graph by `factors` and multiply weights with them, in place, where a group
+    has one. The factors may be those of another graph with the same layers. The changed weights are stored in `store`.
     """
     # A weight may be changed twice: as a layer of one group, and as the producer of the next.
     changes: dict[str, list[npt.NDArray[np.float32]]] = {}

@@ -138,7 +138,8 @@ def biased_product(
     name: str, producers: Mapping[str, Node], constants: Collection[str], users: Mapping[str, int]
 ) -> tuple[Node, Node, str] | None:
     """The nodes of x W and of x W + b, and the name of b, if the value `name` is x W + b with constants W and b, and x
-    W and x W + b have one reader each; None otherwise. `users` counts the readers of each value."""
+    W and x W + b have one reader each; None otherwise. `producers` has the node of each value, `users` the number
+    of its readers."""
     add = producers.get(name)
     if add is None or add.op_type != "Add" or users[name] != 1:
         return None

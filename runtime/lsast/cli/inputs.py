@@ -69,8 +69,8 @@ def plan_jobs(sources: Sequence[str], out: str) -> Plan:
     - `-` is standard input or output, and stands alone.
 
     Two sources with the same output, an output that is a source, a file that is not there, a folder without pictures
-    and a pattern without files are failures; they do not end the others, and are raised if nothing is left to paint. A
-    `UsageError` for an OUT that cannot hold the paintings.
+    and a pattern without files are failures; they do not end the others. If nothing is left to paint, they are raised:
+    a `PictureError` for such a file or folder, else a `UsageError`, as for an OUT that cannot hold the paintings.
     """
     if STDIO in (*sources, out):
         return _stdio_plan(sources, out)

@@ -32,6 +32,11 @@ def repeat(
             compare; IN and OUT to write the painting instead of comparing.
         where: arguments of `load` that replace those of the painting.
         options: options that replace those of the painting; then nothing is verified.
+
+    Raises:
+        LsastError: the painting was made of something else, or another picture came out.
+        BackendError: what it was painted with is not here, and `where` names nothing else.
+        UsageError: too many paths, or `options` without OUT.
     """
     if len(paths) > 2 or (options.keys() - {"mask"} and len(paths) < 2):
         raise UsageError(
@@ -79,7 +84,8 @@ def _open(made: Provenance, where: dict[str, Any], options: dict[str, Any]) -> S
 
 def verify_inputs(record: Record, origin: Path, bundle: Bundle, picture: Path | None, mask: Path | None) -> None:
     """Check that the painting `origin` was made of what is here, of `picture` and `mask` if `picture` is given. An
-    `LsastError` names all checksums that differ."""
+    `LsastError` names all checksums that differ; a `UsageError` a style that is not here, or a mask that is not
+    given."""
     made = record.provenance
     faults = _difference(f"bundle {made.bundle}", bundle_sha256(bundle), made.bundle_sha256)
     if faults:  # its styles are of another base as well

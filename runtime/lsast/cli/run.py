@@ -92,7 +92,8 @@ def paint_several(
     Args:
         jobs: a tuple, or endless for watched folders, which an interrupt ends.
         failures: what cannot be painted, by the name of its file, and why; those of the jobs are added.
-        where, options: arguments of `lsast.load`, which is called before the first painting, and of `stylize`.
+        where: arguments of `lsast.load`, which is called before the first file that is painted.
+        options: keywords of `Stylizer.stylize`.
         overwrite: paint those again whose painting exists.
     """
     count = len(jobs) if isinstance(jobs, tuple) else None
@@ -200,8 +201,9 @@ def paint_watched(
 
 def check(job: Job, options: Options | None = None) -> None:
     """Check that a job's source is there and that its output can be written, as far as can be told before painting:
-    with the `options` that it is painted with, the size of the painting, too. Errors as of `require_input` and of
-    `validate_output_path`, or of `check_video`."""
+    with the `options` that it is painted with, the size of the painting, too. A `UsageError` for a suffix
+    that is not written, or a folder; a `PictureError` where there is no source, no folder that can be written, or too
+    large a picture for the format; for a video see `transcode.check_video`."""
     if job.source is not None:
         require_input(job.source)
     if job.source is not None and job.out is not None and job.is_video:

@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from lsast_engines.environment import require_extra
-from lsast_engines.errors import PictureError, UsageError
+from lsast_engines.errors import MissingExtraError, PictureError, UsageError
 
 from .inputs import STDIO, Job, named, plan_jobs
 
@@ -27,7 +27,7 @@ def check_watch(sources: Sequence[str], out: str) -> None:
         raise UsageError(f"found {', '.join(wrong)} to watch; expected folders")
     if out == STDIO or (Path(out).exists() and not Path(out).is_dir()):
         raise UsageError(f"found {out} as OUT of watched folders; expected a folder")
-    require_extra("watch", "watchfiles")
+    _watchfiles()
 
 
 def watch(
@@ -86,11 +86,9 @@ def _new_jobs(sources: Sequence[str], out: str, overwrite: bool, stop: threading
 def _changes(sources: Sequence[str], stop: threading.Event | None) -> Iterator[bool]:
     """Whether something has changed, after every change and at least every `SETTLED` seconds: a file that has not
     settled yet gives no further signal."""
-    import watchfiles
-
     timeout = int(1000 * SETTLED)
     try:
-        for changes in watchfiles.watch(
+        for changes in _watchfiles().watch(
             *sources, stop_event=stop, step=50, debounce=200, rust_timeout=timeout, yield_on_timeout=True
         ):
             yield bool(changes)
@@ -116,3 +114,11 @@ def _jobs(sources: Sequence[str], out: str) -> Iterator[Job]:
             for failure in plan.failures.items():
                 _log.warning("cannot paint: %s", named(*failure))
             yield from plan.jobs
+
+
+def _watchfiles() -> Any:
+    try:
+        import watchfiles
+    except ImportError:  # also of one that is installed and does not load
+        raise MissingExtraError("watchfiles", "watch") from None
+    return watchfiles

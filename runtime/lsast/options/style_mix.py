@@ -72,7 +72,7 @@ class Mix:
         """Names of the styles, each once, in order."""
         return list(dict.fromkeys(term.style for term in self.terms))
 
-    @functools.cached_property
+    @property
     def is_single(self) -> bool:
         """Whether this is one style, everywhere, so that nothing is mixed."""
         return len(self.terms) == 1 and self.terms[0].group is None and self.terms[0].stages is None

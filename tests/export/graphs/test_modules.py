@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import is_fake
 from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
+from lsast_engines.errors import ExportError
 from lsast_export.graphs import modules as graphs
 from lsast_export.graphs.modules import SplitProcessor, geometry, graph_module, head_groups, split_attention
 from lsast_export.graphs.trace import trace
@@ -139,6 +141,32 @@ def test_graph_module_shares_weights_and_changes_no_network(monkeypatch):
     assert any(isinstance(kind, SplitProcessor) for kind in module.unet.attn_processors.values())
     assert (base.controlnet.controlnet_cond_embedding, base.unet.attn_processors) == (embedding, processors)
     assert {*map(id, module.unet.parameters())} == {*map(id, base.unet.parameters())}
+
+
+class _Three(torch.nn.Module):
+    def __init__(self, picked: str) -> None:
+        super().__init__()
+        self._picked = picked
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        values = {"x": x, "y": x + 1, "z": x.double()}
+        return tuple(values[name] for name in self._picked)
+
+
+@pytest.mark.parametrize(
+    ("picked", "fault"),
+    [
+        ("yy", "a: is b, too"),
+        ("yx", "x: is b, too"),
+        ("yz", r"output b: found float64 \[.*\]; expected b float32"),
+        ("y", "output b: missing"),
+        ("yxy", "output .*: not expected"),
+    ],
+)
+def test_trace_of_another_interface_is_refused(picked, fault):
+    (x, *outputs) = (TensorSpec(name, "float32", ("B", 4, "h", "w")) for name in "xab")
+    with pytest.raises(ExportError, match=f"'toy' has another interface:(?s:.*){fault}"):
+        trace(_Three(picked), GraphSpec("toy", (x,), tuple(outputs)), 64, 8)
 
 
 def test_trace_reads_and_changes_no_weight(base, traced):

@@ -30,6 +30,17 @@ def test_canvas_of_the_own_size_does_not_resample(own):
     np.testing.assert_array_equal(canvas.crop(canvas.pad(rgb)), rgb)
 
 
+@pytest.mark.parametrize("own", [(100, 60), (60, 100), (64, 64), (1, 1), (65, 129)])
+def test_canvas_crop_shows_nothing_of_the_margin(own):
+    rgb = np.full((*own, 3), 90, np.uint8)
+    canvas = Canvas.fit(own, 256, 64)
+    marked = np.full((*canvas.outer, 3), 255, np.uint8)
+    # The margin, found from the outside: the picture is in the middle, spare odd pixels go below and right.
+    top, left = [(outer - inner) // 2 for outer, inner in zip(canvas.outer, canvas.inner, strict=True)]
+    marked[top : top + canvas.inner[0], left : left + canvas.inner[1]] = 90
+    np.testing.assert_array_equal(canvas.crop(marked), rgb)
+
+
 def test_canvas_pad_mirrors_the_picture():
     rgb = np.arange(6 * 10 * 3, dtype=np.uint8).reshape(6, 10, 3)
     placed = Canvas.fit((6, 10), 0, 8).pad(rgb)

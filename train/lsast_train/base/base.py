@@ -103,7 +103,8 @@ class Base:
         """Store the weights of the U-Net's convolutions and linear layers in the type of autocast: half the memory.
 
         With mixed precision they are rounded at every call otherwise, so the results are the same; the norms keep
-        float32. On `device`, or where it lies, the base then runs in this precision only.
+        float32. The base then runs in this precision only, on `device` (None: where it lies). Without mixed precision
+        nothing changes.
         """
         if dtype := autocast_dtype(device or self.device, mixed_precision):
             for module in self.unet.modules():
@@ -124,8 +125,9 @@ class Base:
             latent: noised, [B, 4, h, w].
             timestep: [B] in 0..train_steps-1.
             contexts: `Contexts`, or `packed_kv`.
-            edges: [B, 3, 8h, 8w] of 0 and 1 for ControlNet; None leaves it out.
-            residuals: of the ControlNet, as `control` gives them, in place of `edges`.
+            edges: [B, 3, 8h, 8w] of 0 and 1; None leaves ControlNet out, as the released training does
+                (docs/method.md §3).
+            residuals: of the ControlNet, as `control` gives them, where its contexts differ; in place of `edges`.
         """
         if residuals is None:
             residuals = {} if edges is None else self.control(latent, timestep, contexts, edges)

@@ -75,7 +75,7 @@ class LazyBase:
         return context
 
     def load(self, name: str, dtype: torch.dtype = torch.float32) -> Any:
-        """The network `name`, frozen: a new one each time, nothing is kept here."""
+        """The network `name`, frozen, in evaluation mode: a new one each time, nothing is kept here."""
         return self.networks[name]().build(dtype)
 
     def base(self, dtype: torch.dtype = torch.float32) -> Base:
@@ -138,7 +138,7 @@ def save_base(base: Base | LazyBase, folder: Path, dtype: torch.dtype = torch.fl
 def resolve_local_base(source: BaseSource) -> Path | None:
     """The folder of a base that lsast wrote, if `source` names one; None if it is one to import.
 
-    `BundleError` if it is neither, `UsageError` for options of an import where there is none.
+    `BundleError` if it is neither, `UsageError` for options of an import beside a base that lsast wrote.
     """
     given = None if source.base is None else Path(source.base).expanduser()
     # A base just trained has no manifest yet.

@@ -54,7 +54,8 @@ class Stub:
 
 
 def load_pickle(path: Path, stubbed: Callable[[str], bool]) -> Any:
-    """The content of a file of ``torch.save``, in views of the file; its errors are for `refusals`.
+    """The content of a file of ``torch.save``; tensors are on the CPU and views of the file. `refusals` translates its
+    errors.
 
     `stubbed` says whether a name that torch does not know, such as ``argparse.Namespace``, may become a `Stub`.
     """

@@ -65,7 +65,7 @@ class Weights:
         return shape_faults(found, wanted)
 
     def build(self, dtype: torch.dtype = torch.float32) -> Any:
-        """The frozen network in `dtype`; tensors that are of it already stay views of their file.
+        """The network in `dtype`, frozen, in evaluation mode; tensors that are of it already stay views of their file.
 
         `TrainingError` for weights that do not fit, or that are not finite.
         """
@@ -81,7 +81,10 @@ class Weights:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, or of a pickled state dict, as views of the file on the CPU.
+    """The tensors of a safetensors file, or of a pickled state dict, as views of the file.
+
+    The content says which of the two a file is, not its ending. The tensors are on the CPU, whatever ``torch.device``
+    context the caller is in.
 
     Raises:
         TrainingError: no such file, neither of the two, damaged, or a pickle that holds more than a state dict.
@@ -176,8 +179,8 @@ def write_tensors(path: Path, networks: Mapping[str, OpenTensors], dtype: torch.
     """Write the tensors of several networks into one safetensors file, whole; returns the file's SHA-256.
 
     Args:
-        networks: opens the tensors of each, which are held while they are written. A tensor is named ``NETWORK.KEY``,
-            under the empty name just ``KEY``.
+        networks: opens the tensors of each network; called again for every pass, and held only while they are written.
+            A tensor is named ``NETWORK.KEY``, under the empty name just ``KEY``.
         dtype: floating tensors are stored in it; one at a time is converted.
     """
     plan = [

@@ -44,7 +44,7 @@ class Student(nn.Module):
 
 
 def read_style(name_or_path: str, base: Base, folder: Path | None = None) -> Style:
-    """The style of a file, or of that name in the bundle `folder` of `base`, or of prompts that `find_prompts` finds.
+    """The style of a file; else that of the name in the bundle `folder` of `base`; else of what `find_prompts` finds.
 
     `StyleError` if there is none, or it is damaged, of another base, or its guidance is distilled already.
     """

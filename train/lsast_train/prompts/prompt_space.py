@@ -155,7 +155,8 @@ def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tens
     """The initial prompt space of `options` on `base`, on its device.
 
     Through a text encoder the matrices start near CLIP's words ``a``, ``b``, ``c`` …, the released generator near
-    ``a``; else near the `initial_context` of `draw`.
+    ``a``; else near `initial_context`. `draw` gives latents of the artist [N, 4, h, w]; it is called only if the start
+    depends on them.
 
     Raises:
         UsageError: text prompts without a text encoder, placeholder tokens without text prompts or more of them than a

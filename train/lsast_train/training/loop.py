@@ -129,8 +129,8 @@ class TrainingLoop:
 
     @contextlib.contextmanager
     def finishing(self, result: Path) -> Iterator[None]:
-        """Remove the checkpoint after the block, which writes the `result` of a finished run; keep one, and raise a
-        `TrainingError`, if it cannot be written."""
+        """Remove the checkpoint after the block, which writes the `result` of a finished run. If the result cannot be
+        written, keep one, and raise a `TrainingError` that says whether there is one."""
         try:
             yield
         except OSError as error:

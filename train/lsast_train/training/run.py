@@ -104,7 +104,7 @@ class RunFiles:
         self, size: int, multiple: int, resume: bool, overwrite: bool = True, writes: bool = True
     ) -> Iterator[None]:
         """`require`, and refuse other runs with a `TrainingError` while the block runs; of several processes only that
-        which `writes` locks."""
+        which `writes` locks. An OSError if the folder cannot be written."""
         self.require(size, multiple, resume, overwrite)
         if not writes:
             yield

@@ -47,7 +47,8 @@ _IGNORED_LOGS = ("catchCudaError", "CUDA initialization failure")
 
 
 def load_library(flavor: TrtFlavor) -> Any:
-    """The Python module of a library; a `MissingExtraError` if it is not installed, else as `import_library`."""
+    """The Python module of a library; a `MissingExtraError` if it is not installed, else raises as
+    `import_library`."""
     try:
         return import_library(MODULES[flavor])
     except ImportError as error:

@@ -117,7 +117,8 @@ class ShapeRanges:
 
 
 def check_profile(profile: Profile, shapes: Mapping[str, Shape], graph: str) -> None:
-    """Check the shapes of inputs of `graph`; a `BackendError` lists all that its engine was not compiled for."""
+    """Check the shapes of inputs of `graph`; a `BackendError` lists all that its engine was not compiled for,
+    and says how to compile one that accepts them."""
     faults = []
     for name, shape in shapes.items():
         allowed = profile[name]
@@ -216,8 +217,8 @@ def verified_record(engine: Path) -> EngineRecord:
 
 
 def graph_digest(path: Path) -> str:
-    """SHA-256 (hex) of a graph file and of the weight files beside it that it may refer to; of the latter as a
-    manifest declares them, else computed."""
+    """SHA-256 (hex) of a graph file and of the weight files beside it that it may refer to. The hashes of weights
+    are taken from the manifest, if there is one."""
     weights = sorted(file for pattern in ("*.data", "base.safetensors") for file in path.parent.glob(pattern))
     declared = declared_hashes(path.parent)
     digest = hashlib.sha256(file_sha256(path).encode())
