@@ -4,11 +4,15 @@ import contextlib
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 _NO_MEMORY = re.compile(
-    "bad_alloc|bad allocation|(can't|cannot|unable to|failed to) alloc|(out of|insufficient|not enough) memory", re.I
+    "bad_alloc|bad allocation|(can't|cannot|unable to|failed to) alloc|(out of|insufficient|not enough) memory"
+    "|failed to map segment",
+    re.I,
 )
-"""How ONNX Runtime, OpenVINO, OpenCV and CUDA say that there is no memory, each in an exception of its own."""
+"""How ONNX Runtime, OpenVINO, OpenCV, CUDA and the loader of libraries say that there is no memory, each in an
+exception of its own."""
 
 
 class Lines(str):
@@ -44,6 +48,9 @@ class MissingExtraError(LsastError):
         super().__init__(f"{library} is not installed; install it with: {install_command(extra)}")
         self.library = library
         self.extra = extra
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.library, self.extra)
 
 
 class PictureError(LsastError):

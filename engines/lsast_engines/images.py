@@ -211,7 +211,8 @@ def _from_array(source: object) -> Image8:
 
 def _from_image(image: Image.Image) -> Image8:
     """A loaded image, converted strip by strip, so that there is no second copy of it in another mode."""
-    icc: bytes | None = image.info.get("icc_profile") or None
+    found = image.info.get("icc_profile")  # of an image in memory it may be anything
+    icc = found if isinstance(found, bytes) and found else None
     if image.mode == "La":
         image = image.convert("LA")  # the only mode to which Pillow converts premultiplied grey
     orientation = _orientation(image)
@@ -326,7 +327,8 @@ def import_opencv() -> Any:
     with _importing:
         before = os.environ.get(_LIBRARY_PATH)
         try:
-            _opencv.append(importlib.import_module("cv2"))
+            with enough_memory("to load OpenCV"):
+                _opencv.append(importlib.import_module("cv2"))
         except ImportError as error:
             mend = "install it with: pip install opencv-python-headless"
             raise LsastError(f"OpenCV cannot be imported ({error}); {mend}") from error

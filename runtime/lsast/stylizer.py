@@ -199,9 +199,9 @@ class Stylizer:
         from the bundle.
 
         Args:
-            picture: a path, the bytes of an image file, a binary file object, a PIL image, or an array (anything that
-                NumPy takes, e.g. a tensor on the CPU) [H, W], [H, W, 3] or [H, W, 4] in the order RGB: bool, uint8,
-                uint16, or float in [0, 1]. EXIF orientation is applied. OpenCV's arrays are BGR: give
+            picture: a path, the bytes of an image file, a binary file object, a PIL image, or an array [H, W],
+                [H, W, 3] or [H, W, 4] in the order RGB: bool, uint8, uint16, or float in [0, 1]; also what NumPy can
+                view as one, such as a tensor on the CPU. EXIF orientation is applied. OpenCV's arrays are BGR: give
                 `array[..., ::-1]`.
             mask: where to paint, a picture of the same size: white is painted, black keeps its pixels exactly.
             on_step: called with (steps done, steps in all, preview) before the first step and after each, in this

@@ -1,10 +1,12 @@
 """What the machine tells of processors and their limits."""
 
 import os
+import pickle
 
 import pytest
 
-from lsast_engines.environment import core_limit
+from lsast_engines.environment import core_limit, require_extra
+from lsast_engines.errors import MissingExtraError
 
 ALL = set(range(8))
 V1 = "sys/fs/cgroup/cpu/docker/abc/"
@@ -44,3 +46,10 @@ def test_core_limit_counts_cores_within_mask_and_quota(tmp_path, monkeypatch, ma
 def test_core_limit_without_affinity_masks_is_none(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # macOS, Windows
     assert core_limit() is None
+
+
+def test_missing_extra_error_reaches_another_process():
+    with pytest.raises(MissingExtraError) as caught:
+        require_extra("cpu", "nowhere")
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert (str(error), error.library, error.extra) == (str(caught.value), "nowhere", "cpu")

@@ -303,6 +303,14 @@ def test_read_picture_of_grey_uses_its_profile(mode):
     assert (picture.alpha is not None) == (mode == "LA")
 
 
+def test_read_picture_with_a_profile_that_is_no_bytes_takes_the_pixels_as_they_are():
+    image = Image.new("RGB", (4, 4), "teal")
+    image.info["icc_profile"] = "sRGB"
+    picture = read_picture(image)
+    assert picture.icc is None
+    np.testing.assert_array_equal(picture.rgb, np.asarray(image))
+
+
 def gamma_profile() -> bytes:
     """A grey ICC profile of gamma 1.5, with that curve as its only tag (ICC.1:2010, 7.2 to 7.3 and 10.5)."""
     white = struct.pack(">3i", *(round(value * 65536) for value in (0.9642, 1, 0.8249)))

@@ -46,7 +46,8 @@ def import_library(name: str) -> Any:
     """
     with _without_telemetry(name):
         try:
-            module = importlib.import_module(name)
+            with enough_memory(f"to load {name}"):
+                module = importlib.import_module(name)
         except (ImportError, OSError) as error:
             cause: BaseException | None = error
             while cause is not None:

@@ -103,11 +103,11 @@ def paint_several(
         text = f"painted {counts['painted']}, failed {len(failures)}"
         if counts["skipped"]:
             text += f", skipped {counts['skipped']} that exist (--overwrite paints them again)"
-        echo(text, *(f"  - {named(*failure)}" for failure in failures.items()), err=True)
+        if failures or not quiet():
+            echo(text, *(f"  - {named(*failure)}" for failure in failures.items()), err=True)
 
     with contextlib.ExitStack() as stack:
-        if not quiet():
-            stack.callback(summarise)
+        stack.callback(summarise)
         bars = stack.enter_context(contextlib.closing(ProgressBars(count)))
         stylizer = cache(lambda: stack.enter_context(load(**where, options=options)))
 

@@ -198,9 +198,16 @@ class EnginePool:
         `exclusive`. When the waiting task is cancelled, work that is queued is dropped, and work that has begun is
         cancelled by its token and waited for, so that nothing goes on in the background."""
         token = CancelToken()
+
+        def finish() -> T:
+            try:
+                return work(token)
+            except StopIteration as error:  # no future can hold it, as no generator may raise it (PEP 479)
+                raise RuntimeError("a callback raised StopIteration") from error
+
         try:
             while True:
-                future, lapsed = self._submit(lambda: work(token))
+                future, lapsed = self._submit(finish)
                 waiting = asyncio.wrap_future(future)
                 # Fetched in any case, because asyncio warns of exceptions that were not.
                 waiting.add_done_callback(lambda done: done.cancelled() or done.exception())

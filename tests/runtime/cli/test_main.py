@@ -64,6 +64,11 @@ def test_lsast_run_without_out_paints_beside_the_source(run, folder):
     assert run("in.bmp").stdout == "in-painted.png\n"
     quiet = run("photos", "in.bmp", "-q", "-o", "out")
     assert (quiet.stdout, quiet.stderr) == ("out/in.bmp.png\nout/photos/a.png\n", "")
+    (folder / "torn.png").write_bytes(b"torn")
+    torn = run("photos", "torn.png", "-q", "-o", "out", "--overwrite")
+    assert torn.exit_code == 1
+    assert torn.stdout == "out/photos/a.png\n"
+    assert torn.stderr.startswith("painted 1, failed 1\n  - torn.png is not a picture")
     assert run("photos").stdout == f"{folder}/photos-painted/a.png\n"
 
 

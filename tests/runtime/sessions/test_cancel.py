@@ -93,6 +93,12 @@ def test_stylize_async_gives_the_same_without_blocking_the_loop(stylizer, photo)
 STYLES = ["vangogh", "monet", "vangogh+monet"]
 
 
+def test_stylize_async_with_a_callback_that_raises_stop_iteration_ends(stylizer, photo):
+    painting = stylizer.stylize_async(photo, on_step=lambda *_: next(iter(())))
+    with pytest.raises(RuntimeError, match="a callback raised StopIteration"):
+        asyncio.run(asyncio.wait_for(painting, 20))
+
+
 def test_stylize_async_cancelled_stops_its_painting_and_drops_queued_ones(stylizer, photo):
     steps: list[tuple[int, int]] = []
 
