@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import anyio
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
@@ -80,6 +81,7 @@ def create_app(settings: Settings, make_painter: Callable[[], Painter]) -> FastA
     app.state.draining = False
     app.add_middleware(_SameOrigin)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.hosts, www_redirect=False)
+    app.add_middleware(_CutOff)
     app.add_middleware(_Headers)  # the last one added is outermost: refusals get the headers, too
     app.add_exception_handler(LsastError, _answer_error)
     _add_routes(app, settings)
@@ -154,7 +156,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
         later = "respond-async" in request.headers.get("prefer", "").lower()
         media = "" if later else _accepted(request, MEDIA)
         if state(request).draining:
-            raise HTTPException(503, "the server is about to end", {"Retry-After": "10"})
+            raise _ending()
         jobs: Jobs = state(request).jobs
         with jobs.place():
             picture, mask, options = await read_painting(request, settings)
@@ -167,7 +169,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
             if job.error:
                 raise job.error
             if job.state == "cancelled":
-                raise CancelledError("the painting was cancelled")
+                raise _ending()
             return Response(job.painting, media_type=media)
         finally:
             jobs.forget(job)
@@ -403,6 +405,10 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, status, headers)
 
 
+def _ending() -> HTTPException:
+    return HTTPException(503, "the server is about to end", {"Retry-After": "10"})
+
+
 def _page() -> tuple[str, str]:
     """The page, and a content security policy that runs its script and no other and loads nothing from elsewhere."""
     text = _PAGE.read_text(encoding="utf-8")
@@ -436,6 +442,23 @@ class _Headers:
             await send(message)
 
         await self._app(scope, receive, send_with_headers)
+
+
+class _CutOff:
+    """Answers a request that is cut off because the server ends."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:
+            if scope["type"] != "http" or not scope["app"].state.draining:
+                raise
+            answer = await http_exception_handler(Request(scope), _ending())
+            with contextlib.suppress(RuntimeError):  # another answer has begun
+                await answer(scope, receive, send)
 
 
 class _SameOrigin:
