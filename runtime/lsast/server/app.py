@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import anyio
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -76,7 +76,10 @@ def create_app(settings: Settings, make_painter: Callable[[], Painter]) -> FastA
         summary="Repaints pictures in the style of an artist.",
         lifespan=lifespan,
         redoc_url=None,
-        responses={401: {"model": Fault, "description": "No token, or another one."}} if settings.token else None,
+        responses={
+            400: {"description": "Another name than this server's, or a body that breaks off."},
+            403: {"model": Fault, "description": "The page of another site asks."},
+        },
     )
     app.state.draining = False
     app.add_middleware(_SameOrigin)
@@ -94,7 +97,6 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
         if not secrets.compare_digest(given.encode("latin-1"), settings.token.encode()):
             raise HTTPException(401, "expected the token of this server", {"WWW-Authenticate": "Bearer"})
 
-    guarded = [Depends(check_token)] if settings.token else []
     faults: dict[int | str, dict[str, Any]] = {
         status: {"model": Fault, "description": text}
         for status, text in {
@@ -109,6 +111,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
             504: "The painting took too long.",
         }.items()
     }
+    guarded = APIRouter(responses={status: faults[status] for status in (500, 503)})
     upload = {
         "required": True,
         "content": {
@@ -128,9 +131,8 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
             raise HTTPException(404, "found no such painting; it is forgotten some minutes after it is done")
         return job
 
-    @app.post(
+    @guarded.post(
         "/v1/paintings",
-        dependencies=guarded,
         response_class=Response,
         responses={
             200: {"content": pictures, "description": "The painting."},
@@ -174,9 +176,8 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
         finally:
             jobs.forget(job)
 
-    @app.get(
+    @guarded.get(
         "/v1/paintings/{name}",
-        dependencies=guarded,
         response_model=Painting,
         responses={
             200: {"content": {**pictures, EVENTS: {"schema": {"type": "string"}}}},
@@ -202,10 +203,9 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
         job.fetched = True
         return Response(painting, media_type=media)
 
-    @app.delete(
+    @guarded.delete(
         "/v1/paintings/{name}",
         status_code=204,
-        dependencies=guarded,
         responses={404: {"model": Fault, "description": "No such painting."}},
     )
     async def cancel(name: str, request: Request) -> None:
@@ -214,13 +214,13 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
         await state(request).jobs.cancel(job)
         state(request).jobs.forget(job)
 
-    @app.get("/v1/styles", dependencies=guarded)
+    @guarded.get("/v1/styles")
     async def styles(request: Request) -> list[StyleCard]:
         """The styles that are there now, with thumbnails."""
         cards: list[StyleCard] = await state(request).thumbnails.cards()
         return cards
 
-    @app.get("/v1/options", dependencies=guarded)
+    @guarded.get("/v1/options")
     async def options(request: Request) -> OptionSheet:
         """The options with their ranges and defaults, the presets, and the limits of this server."""
         facts = await state(request).painter.ask("facts")
@@ -232,9 +232,8 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
             limits={name: getattr(settings, name) for name in names},
         )
 
-    @app.post(
+    @guarded.post(
         "/v1/records",
-        dependencies=guarded,
         responses={status: faults[status] for status in (408, 413, 415, 422)},
         openapi_extra={"requestBody": upload},
     )
@@ -258,11 +257,14 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
             raise HTTPException(503, "about to end" if state(request).draining else "getting ready")
         return {"status": "ready"}
 
-    @app.get("/metrics", dependencies=guarded, response_class=Response)
+    @guarded.get("/metrics", response_class=Response)
     async def metrics(request: Request) -> Response:
         """Figures for Prometheus."""
         return Response(state(request).metrics.text(), media_type=CONTENT_TYPE)
 
+    refused = {"model": Fault, "description": "No token, or another one."}
+    guard: dict[str, Any] = {"dependencies": [Depends(check_token)], "responses": {401: refused}}
+    app.include_router(guarded, **(guard if settings.token else {}))
     page, policy = _page()
 
     @app.head("/", include_in_schema=False)
