@@ -26,6 +26,8 @@ def main(folder: Path, pictures: list[Path]) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     try:
         main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])
     except lsast.LsastError as error:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import lsast
+from lsast.options import style_mix
 from lsast_engines.bundle.bundle import Bundle, find_bundle
 
 CATEGORY = "lsast"
@@ -47,11 +48,11 @@ class Mix:
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
         """The inputs, as ComfyUI asks for them."""
         share = {"default": 0.5, "min": 0.01, "max": 0.99, "step": 0.01, "tooltip": "Weight of the first style."}
-        return {"required": {"first": (_styles(),), "second": (_styles(),), "share": ("FLOAT", share)}}
+        return {"required": {"first": _style(), "second": _style(), "share": ("FLOAT", share)}}
 
     def mix(self, first: str, second: str, share: float) -> tuple[str]:
         """The mix as a text."""
-        return (f"{first}:{share:g}+{second}:{1 - share:g}",)
+        return (f"{_weighed(first, share)}+{_weighed(second, 1 - share)}",)
 
 
 class Stylize:
@@ -66,7 +67,7 @@ class Stylize:
             "required": {
                 "stylizer": ("LSAST",),
                 "image": ("IMAGE",),
-                "style": ("STRING", {"default": _styles()[0], "tooltip": "A style, or a mix: vangogh:0.6+monet:0.4"}),
+                "style": _style(),
                 "strength": ("FLOAT", {"default": 0.9, "min": 0.05, "max": 1.0, "step": 0.05}),
                 "size": ("INT", {"default": 512, "min": 0, "max": 8192, "step": 64}),
                 "seed": ("INT", {"default": 0, "min": 0, "max": 2**63 - 1}),
@@ -91,8 +92,24 @@ def _mask(mask: Any, index: int) -> np.ndarray:
     return np.asarray(mask[index % len(mask)].cpu(), np.float32).clip(0, 1)
 
 
-def _styles() -> list[str]:
-    return list(Bundle.open(find_bundle(), verify_hashes=False).styles())
+def _style() -> tuple[str, dict[str, Any]]:
+    styles = list(Bundle.open(find_bundle(), verify_hashes=False).styles())
+    return "STRING", {
+        "default": styles[0],
+        "tooltip": f"A mix such as vangogh:0.6+monet:0.4, or a style: {', '.join(styles)}",
+    }
+
+
+def _weighed(mix: str, share: float) -> str:
+    """The mix with weights that sum to `share`."""
+    terms = style_mix.Mix.parse(mix).terms
+    total = sum(term.weight for term in terms)
+    return "+".join(
+        f"{term.style}:{term.weight / total * share:g}"
+        + (f"@{term.group}" if term.group else "")
+        + ("@{}-{}".format(*term.stages) if term.stages else "")
+        for term in terms
+    )
 
 
 NODE_CLASS_MAPPINGS = {"LsastLoadBundle": LoadBundle, "LsastMix": Mix, "LsastStylize": Stylize}

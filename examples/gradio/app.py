@@ -13,9 +13,9 @@ import lsast
 stylizer = lsast.load()
 
 
-def paint(picture: np.ndarray, style: str, strength: float, seed: float) -> Image.Image:
+def paint(picture: np.ndarray, style: str, strength: float, seed: float | None) -> Image.Image:
     """The painting of a picture [H, W, 3]."""
-    return stylizer.stylize(picture, style, strength=strength, seed=int(seed)).image
+    return stylizer.stylize(picture, style, strength=strength, seed=int(seed or 0)).image
 
 
 inputs = ["image", gradio.Dropdown(stylizer.styles), gradio.Slider(0.1, 1, 0.9), gradio.Number(0, label="seed")]

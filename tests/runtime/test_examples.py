@@ -67,6 +67,13 @@ def test_paint_example_paints_each_picture_in_each_style(photo, stylizer, tmp_pa
             assert np.abs(np.asarray(image).astype(int) - np.asarray(alone.image)).max() <= 2
 
 
+def test_paint_example_without_pictures_says_the_usage():
+    done = subprocess.run([sys.executable, str(EXAMPLES / "paint.py")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "python examples/paint.py OUT_FOLDER PICTURE …" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def _news(painter: Any) -> list[tuple[str, Any]]:
     found = []
     while not painter.news.empty():
@@ -140,7 +147,9 @@ def test_comfyui_nodes_follow_its_conventions_and_paint(photo, stylizer):
     load, mix, stylize = (nodes[f"Lsast{name}"] for name in ("LoadBundle", "Mix", "Stylize"))
     inputs = {name: _default(spec) for name, spec in load.INPUT_TYPES()["required"].items()}
     (opened,) = getattr(load(), load.FUNCTION)(**inputs)
-    assert {*mix.INPUT_TYPES()["required"]["first"][0]} == {*stylizer.styles}
+    given = {name: _default(spec) for name, spec in mix.INPUT_TYPES()["required"].items()}
+    assert given["first"] in stylizer.styles
+    assert mix.INPUT_TYPES()["required"]["first"][0] == mix.RETURN_TYPES[0]  # else ComfyUI refuses the link
     (style,) = mix().mix("monet", "vangogh", 0.7)
     assert style == "monet:0.7+vangogh:0.3"
     images = torch.from_numpy(np.stack([photo, photo[:, ::-1]]).astype(np.float32) / 255)
@@ -156,6 +165,18 @@ def test_comfyui_nodes_follow_its_conventions_and_paint(photo, stylizer):
     np.testing.assert_allclose(painted[1, :, :80], images[1, :, :80], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "share", "expected"),
+    [
+        ("vangogh:0.6+monet:0.4", "koson", 0.5, "vangogh:0.3+monet:0.2+koson:0.5"),
+        ("koson", "vangogh:3+monet", 0.2, "koson:0.2+vangogh:0.6+monet:0.2"),
+        ("vangogh@up", "koson:2@down@0-4", 0.5, "vangogh:0.5@up+koson:0.5@down@0-4"),
+    ],
+)
+def test_comfyui_mix_of_mixes_is_a_style(first, second, share, expected):
+    assert _example("comfyui/__init__").Mix().mix(first, second, share) == (expected,)
+
+
 def test_gradio_app_paints_and_is_short(photo, stylizer, monkeypatch):
     made: dict[str, Any] = {}
     stub = ModuleType("gradio")
@@ -167,8 +188,9 @@ def test_gradio_app_paints_and_is_short(photo, stylizer, monkeypatch):
     assert len([line for line in text.splitlines() if line.strip()]) < 20
     with app.stylizer:
         assert made["layout"][0][1] == ((stylizer.styles,), {})
-        painted = made["paint"](photo, "monet", 0.5, 4.0)
+        painted, other = (made["paint"](photo, "monet", 0.5, seed) for seed in (4.0, None))  # None is an empty field
     np.testing.assert_array_equal(painted, stylizer.stylize(photo, "monet", strength=0.5, seed=4).image)
+    np.testing.assert_array_equal(other, stylizer.stylize(photo, "monet", strength=0.5, seed=0).image)
 
 
 EXECUTE = """

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import anyio
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
@@ -75,11 +76,15 @@ def create_app(settings: Settings, make_painter: Callable[[], Painter]) -> FastA
         summary="Repaints pictures in the style of an artist.",
         lifespan=lifespan,
         redoc_url=None,
-        responses={401: {"model": Fault, "description": "No token, or another one."}} if settings.token else None,
+        responses={
+            400: {"description": "Another name than this server's, or a body that breaks off."},
+            403: {"model": Fault, "description": "The page of another site asks."},
+        },
     )
     app.state.draining = False
     app.add_middleware(_SameOrigin)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.hosts, www_redirect=False)
+    app.add_middleware(_CutOff)
     app.add_middleware(_Headers)  # the last one added is outermost: refusals get the headers, too
     app.add_exception_handler(LsastError, _answer_error)
     _add_routes(app, settings)
@@ -92,7 +97,6 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
         if not secrets.compare_digest(given.encode("latin-1"), settings.token.encode()):
             raise HTTPException(401, "expected the token of this server", {"WWW-Authenticate": "Bearer"})
 
-    guarded = [Depends(check_token)] if settings.token else []
     faults: dict[int | str, dict[str, Any]] = {
         status: {"model": Fault, "description": text}
         for status, text in {
@@ -107,6 +111,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
             504: "The painting took too long.",
         }.items()
     }
+    guarded = APIRouter(responses={status: faults[status] for status in (500, 503)})
     upload = {
         "required": True,
         "content": {
@@ -126,9 +131,8 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
             raise HTTPException(404, "found no such painting; it is forgotten some minutes after it is done")
         return job
 
-    @app.post(
+    @guarded.post(
         "/v1/paintings",
-        dependencies=guarded,
         response_class=Response,
         responses={
             200: {"content": pictures, "description": "The painting."},
@@ -154,7 +158,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
         later = "respond-async" in request.headers.get("prefer", "").lower()
         media = "" if later else _accepted(request, MEDIA)
         if state(request).draining:
-            raise HTTPException(503, "the server is about to end", {"Retry-After": "10"})
+            raise _ending()
         jobs: Jobs = state(request).jobs
         with jobs.place():
             picture, mask, options = await read_painting(request, settings)
@@ -167,14 +171,13 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
             if job.error:
                 raise job.error
             if job.state == "cancelled":
-                raise CancelledError("the painting was cancelled")
+                raise _ending()
             return Response(job.painting, media_type=media)
         finally:
             jobs.forget(job)
 
-    @app.get(
+    @guarded.get(
         "/v1/paintings/{name}",
-        dependencies=guarded,
         response_model=Painting,
         responses={
             200: {"content": {**pictures, EVENTS: {"schema": {"type": "string"}}}},
@@ -200,10 +203,9 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
         job.fetched = True
         return Response(painting, media_type=media)
 
-    @app.delete(
+    @guarded.delete(
         "/v1/paintings/{name}",
         status_code=204,
-        dependencies=guarded,
         responses={404: {"model": Fault, "description": "No such painting."}},
     )
     async def cancel(name: str, request: Request) -> None:
@@ -212,13 +214,13 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
         await state(request).jobs.cancel(job)
         state(request).jobs.forget(job)
 
-    @app.get("/v1/styles", dependencies=guarded)
+    @guarded.get("/v1/styles")
     async def styles(request: Request) -> list[StyleCard]:
         """The styles that are there now, with thumbnails."""
         cards: list[StyleCard] = await state(request).thumbnails.cards()
         return cards
 
-    @app.get("/v1/options", dependencies=guarded)
+    @guarded.get("/v1/options")
     async def options(request: Request) -> OptionSheet:
         """The options with their ranges and defaults, the presets, and the limits of this server."""
         facts = await state(request).painter.ask("facts")
@@ -230,9 +232,8 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
             limits={name: getattr(settings, name) for name in names},
         )
 
-    @app.post(
+    @guarded.post(
         "/v1/records",
-        dependencies=guarded,
         responses={status: faults[status] for status in (408, 413, 415, 422)},
         openapi_extra={"requestBody": upload},
     )
@@ -256,11 +257,14 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
             raise HTTPException(503, "about to end" if state(request).draining else "getting ready")
         return {"status": "ready"}
 
-    @app.get("/metrics", dependencies=guarded, response_class=Response)
+    @guarded.get("/metrics", response_class=Response)
     async def metrics(request: Request) -> Response:
         """Figures for Prometheus."""
         return Response(state(request).metrics.text(), media_type=CONTENT_TYPE)
 
+    refused = {"model": Fault, "description": "No token, or another one."}
+    guard: dict[str, Any] = {"dependencies": [Depends(check_token)], "responses": {401: refused}}
+    app.include_router(guarded, **(guard if settings.token else {}))
     page, policy = _page()
 
     @app.head("/", include_in_schema=False)
@@ -403,6 +407,10 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, status, headers)
 
 
+def _ending() -> HTTPException:
+    return HTTPException(503, "the server is about to end", {"Retry-After": "10"})
+
+
 def _page() -> tuple[str, str]:
     """The page, and a content security policy that runs its script and no other and loads nothing from elsewhere."""
     text = _PAGE.read_text(encoding="utf-8")
@@ -436,6 +444,23 @@ class _Headers:
             await send(message)
 
         await self._app(scope, receive, send_with_headers)
+
+
+class _CutOff:
+    """Answers a request that is cut off because the server ends."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:
+            if scope["type"] != "http" or not scope["app"].state.draining:
+                raise
+            answer = await http_exception_handler(Request(scope), _ending())
+            with contextlib.suppress(RuntimeError):  # another answer has begun
+                await answer(scope, receive, send)
 
 
 class _SameOrigin:

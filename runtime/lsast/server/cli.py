@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import time
 import webbrowser
 from collections.abc import Callable
 from dataclasses import fields
@@ -115,8 +116,11 @@ def serve(settings: Settings, show: bool = False) -> None:
             """See `uvicorn.Server`."""
             if not await super().on_tick(counter):
                 return False
+            end = time.monotonic() + settings.drain_seconds
             app.state.draining = True
             await app.state.jobs.drain(settings.drain_seconds, lambda: self.force_exit or bool(failure))
+            await app.state.jobs.close()
+            config.timeout_graceful_shutdown = max(1, round(end - time.monotonic()))
             return True
 
     def stop(error: LsastError) -> None:
@@ -126,13 +130,7 @@ def serve(settings: Settings, show: bool = False) -> None:
     find_bundle(settings.bundle or None)  # the worker opens it, when the address is printed
     failure: list[LsastError] = []
     app = create_app(settings, lambda: WorkerProcess(settings, stop))
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
-    )
+    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
     server = Server(config)
     with log_to_stderr(logging.WARNING, "uvicorn", "asyncio", "python_multipart"), _listen(settings) as listener:
         address = _address(settings.host, listener.getsockname()[1])

@@ -201,13 +201,17 @@ class Jobs:
         )
 
     async def drain(self, seconds: float, give_up: Callable[[], bool] = lambda: False) -> None:
-        """Wait until every job is over and its client has it, at most so many seconds, or until `give_up`."""
+        """Wait until what arrives is here, every job over and with its client, at most so many seconds, or until
+        `give_up`."""
         end = time.monotonic() + seconds
         while (
             (now := time.monotonic()) < end
             and not give_up()
-            and any(
-                not job.over or (not job.fetched and now - job.ended < LEAVE_SECONDS) for job in self._jobs.values()
+            and (
+                self._arriving
+                or any(
+                    not job.over or (not job.fetched and now - job.ended < LEAVE_SECONDS) for job in self._jobs.values()
+                )
             )
         ):
             await asyncio.sleep(0.05)

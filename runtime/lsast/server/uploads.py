@@ -1,6 +1,7 @@
 """What clients send: the body of a request, bounded in bytes and in time, as a picture with its options."""
 
 import contextlib
+import json
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any
 
@@ -128,6 +129,7 @@ def _json(body: bytes, settings: Settings) -> Upload:
         given = models(settings).json.model_validate_json(body, strict=True)
     except ValidationError as error:
         raise UsageError(in_words(error, settings)) from None
+    json.loads(body, object_pairs_hook=_once)  # pydantic takes the last of two
     picture, mask = given.picture, given.mask or b""  # type: ignore[attr-defined]
     if not picture:
         raise UsageError("picture: found an empty text; expected a picture in base64")

@@ -116,6 +116,13 @@ def test_post_with_a_mask_that_is_not_in_base64_paints_nothing(server, png):
     assert (answer.status_code, "mask: expected a picture in base64" in answer.text) == (422, True)
 
 
+def test_post_of_json_with_a_key_twice_is_refused(server):
+    headers = {"Content-Type": "application/json"}
+    for path in ("/v1/paintings", "/v1/records"):
+        answer = server.client.post(path, content=b'{"picture": "aGk=", "picture": "aGk="}', headers=headers)
+        assert (answer.status_code, "found picture more than once" in answer.text) == (422, True)
+
+
 @pytest.mark.parametrize(
     ("request_", "status"),
     [

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,10 @@ def _environment(bundle: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def serving(split_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(split_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], str]]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(COMMAND, env=_environment(split_path), **pipes, text=True) as process:  # type: ignore[call-overload]
+    command = [*COMMAND, *getattr(request, "param", [])]
+    with subprocess.Popen(command, env=_environment(split_path), **pipes, text=True) as process:  # type: ignore[call-overload]
         assert process.stdout is not None
         address = process.stdout.readline().strip()
         end = time.monotonic() + 60
@@ -67,6 +69,30 @@ def test_sigterm_finishes_what_was_accepted(serving, png):
     asking.join()
     assert answers[0].status_code == 200
     assert process.wait(30) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("serving", [["--drain-seconds", "1"]], indirect=True)
+def test_sigterm_answers_what_does_not_end_in_time_without_tracebacks(serving, png):
+    process, address = serving
+    url, host = address + "/v1/paintings", ("127.0.0.1", int(address.rpartition(":")[2]))
+    job = httpx.post(url, params=LONG, content=png, headers={"Prefer": "respond-async"}).headers["location"]
+    with ThreadPoolExecutor() as pool, socket.create_connection(host) as one, socket.create_connection(host) as other:
+        events = pool.submit(httpx.get, address + job, headers={"Accept": "text/event-stream"}, timeout=60)
+        painting = pool.submit(httpx.post, url, params={**LONG, "steps": 998}, content=png, timeout=60)
+        for upload, path in ((one, "/v1/paintings"), (other, "/v1/records")):
+            upload.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n".encode())
+            upload.sendall(b"Expect: 100-continue\r\n\r\nabc")
+            assert b" 100 " in upload.recv(1000)
+        end = time.monotonic() + 60
+        while "lsast_queued 1.0" not in (text := httpx.get(address + "/metrics").text) or "painting 1.0" not in text:
+            assert time.monotonic() < end
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=20)
+        assert [upload.recv(1000)[:13] for upload in (one, other)] == 2 * [b"HTTP/1.1 503 "]
+    assert painting.result().status_code == 503
+    assert painting.result().json() == {"detail": "the server is about to end"}
+    assert "event: cancelled" in events.result().text
+    assert "Traceback" not in stderr
 
 
 def test_second_ctrl_c_ends_at_once_without_tracebacks(serving, png):

@@ -71,6 +71,18 @@ def test_job_that_is_cancelled_while_a_step_arrives_is_over(turns):
     assert asyncio.run(cancel_after()) == "cancelled"
 
 
+def test_drain_waits_for_what_arrives():
+    async def drain() -> None:
+        jobs = Jobs(Settings(), Steps(), Metrics())  # type: ignore[arg-type]
+        with jobs.place():
+            draining = asyncio.create_task(jobs.drain(SECONDS))
+            done, _ = await asyncio.wait([draining], timeout=0.2)
+            assert not done
+        await draining
+
+    asyncio.run(drain())
+
+
 def test_client_that_reads_no_more_and_leaves_cancels_its_painting(monkeypatch):
     monkeypatch.setattr("lsast.server.jobs.LEAVE_SECONDS", 0.0)
 

@@ -4,6 +4,21 @@ import contextlib
 
 import pytest
 
+pytest.importorskip("fastapi_offline", reason="fastapi-offline is not installed: pip install '.[server]'")
+
+from lsast.server.app import create_app
+from lsast.server.settings import Settings
+
+
+@pytest.mark.parametrize("token", ["", "secret"])
+def test_openapi_document_lists_refusals_where_they_occur(token):
+    paths = create_app(Settings(token=token), lambda: None).openapi()["paths"]
+    for path, operations in paths.items():
+        for operation in operations.values():
+            assert {"400", "403"} <= {*operation["responses"]}
+            assert ("401" in operation["responses"]) == bool(token and path.startswith(("/v1/", "/metrics"))), path
+            assert ("500" in operation["responses"]) == path.startswith(("/v1/", "/metrics")), path
+
 
 @pytest.mark.needs("schemathesis")
 @pytest.mark.filterwarnings("ignore")
