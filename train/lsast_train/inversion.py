@@ -197,8 +197,8 @@ class Inversion:
         best, relative = self.curve.best()["step"], self.curve.relative(self.curve.best())
         result = RunResult(self.files.result, self.files.curve, self.loop.step, best, relative, self.loop.seconds)
         if self.accelerator.is_main_process:
-            prompts = Prompts.of(self.best, self.files.name, self.base.fingerprint, self._meta(result))
             with self.loop.finishing(self.files.result):
+                prompts = Prompts.of(self.best, self.files.name, self.base.fingerprint, self._meta(result))
                 save_prompts(prompts, self.files.result)
             if best == 0:
                 log.warning("no step lowered the held-out loss; the initial prompts are kept: change --lr or --steps")

@@ -111,7 +111,7 @@ class TrainOptions(RunOptions):
     ] = field(default=False, compare=False)
     palette: Annotated[float, Range(0, 1)] = field(default=0.0, compare=False)
     """The style's own default of the painting option `palette`."""
-    seed: Annotated[int, "Seed of all random numbers.", Range(0)] = 0
+    seed: Annotated[int, "Seed of all random numbers.", Range(0, 2**63 - 1)] = 0
     evaluate_every: Annotated[int, Range(1)] = 1000
     """Steps between two evaluations of the held-out loss."""
     evaluate_latents: Annotated[int, Range(1)] = 16
@@ -177,7 +177,8 @@ class FinetuneOptions(RunOptions):
     """How prompts are fine-tuned. The options of the sampler become the style's own defaults."""
 
     steps: Annotated[int, "Optimiser steps.", Range(1)] = 24
-    batch: Annotated[int, "Pictures that are painted in a step.", Range(1)] = 4
+    batch: Annotated[int, "Pictures that are painted in a step.", Range(2)] = 4
+    """The style loss compares distributions, which one picture has not."""
     lr: Annotated[float, "Learning rate at the start, relative to the prompts' size.", Range(0, above=True)] = 0.03
     """In root mean squares of the prompts; it falls to zero by half a cosine."""
     size: Annotated[int, "Side of a picture that is painted, in pixels.", Range(64)] = 256

@@ -92,7 +92,7 @@ class PaintingDataset:
         # Decoding releases Python's lock. As many pictures as threads are decoded at a time.
         with ThreadPoolExecutor(_THREADS) as pool:
             read = pool.map(lambda path: _read(path, held_at, crop), paths)
-            shown = tqdm(read, "read", len(paths), unit="picture", disable=not progress)
+            shown = tqdm(read, "read", len(paths), unit="picture", disable=not (progress and shows_bars()))
             for path, found in zip(paths, shown, strict=True):
                 name = path.relative_to(folder).as_posix()
                 if isinstance(found, str):
@@ -178,7 +178,7 @@ class CachedLatents:
     ) -> CachedLatents:
         """Encode `count` crops, of one painting after the other, and with `mirrored` their mirror images too."""
         means, stds = [], []
-        for index in tqdm(range(count), desc="encode", unit="crop", disable=not progress):
+        for index in tqdm(range(count), desc="encode", unit="crop", disable=not (progress and shows_bars())):
             pixels = random_crop(paintings[index % len(paintings)], size, generator)
             mean, std = encode_pictures(base, [pixels, pixels[:, ::-1]] if mirrored else [pixels])
             means.append(mean)
@@ -207,6 +207,11 @@ def _read(path: Path, size: int, crop: Crop) -> tuple[bytes, npt.NDArray[np.uint
     digest = hashlib.sha256(f"{height} {width} ".encode())
     digest.update(np.ascontiguousarray(pixels).data)
     return digest.digest(), _fit(pixels, size, crop)
+
+
+def shows_bars() -> bool:
+    """Whether progress bars are shown: not where errors alone are logged, as with ``--quiet``."""
+    return log.isEnabledFor(logging.WARNING)
 
 
 def _fit(pixels: npt.NDArray[np.uint8], size: int, crop: Crop) -> npt.NDArray[np.uint8]:

@@ -39,6 +39,8 @@ RED = ["--style", "red", "--images", "."]
         ([*RED, "--steps", "0", "--lr", "-1"], "steps: found 0"),
         ([*RED, "--variant", "step", "--layout", "overlap"], "overlap with variant"),
         (["distill", *RED], "Missing option '--guidance'"),
+        (["finetune", *RED, "--contents", ".", "--batch", "1"], "batch: found 1"),
+        ([*RED, "--seed", 2**63], "seed: found"),
         (["monet"], "found command 'monet'"),
         (["--style", "rotü", "--images", ".", "--base", "nowhere"], "name: found 'rotü'"),
         ([*RED, "--base", "nowhere", "--out", __file__], "expected a folder that can"),
@@ -90,6 +92,8 @@ def test_interrupted_training_goes_on_with_resume_and_prints_its_result(
     assert (prompts.meta["licence"], prompts.meta["works"]) == ("CC0", "10")
     knobs = json.loads(prompts.meta["options"])
     assert (knobs["steps"], knobs["schedule"]) == (3, "step")
+    code, out, err = command(*arguments, "--steps", "1", "--overwrite", "--quiet")
+    assert (code, err) == (0, "")
 
 
 def test_train_command_refuses_a_folder_that_another_run_trains_in_or_has_just_finished(

@@ -125,7 +125,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
-        with safe_open(str(path), "pt", device="cpu") as file:
+        with path.open("rb"), safe_open(str(path), "pt", device="cpu") as file:  # it calls an unreadable one missing
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
             return tensors, dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:

@@ -23,7 +23,7 @@ from lsast_engines.errors import TrainingError, UsageError, fault_list
 from ..base.attention import packed_kv
 from ..base.base import Base, autocast
 from ..options import DistillOptions
-from ..paintings import PaintingDataset
+from ..paintings import PaintingDataset, shows_bars
 from ..training.loop import TrainingLoop
 from ..training.rng import RngStream, rng_for
 from ..training.run import LossCurve, RunFiles, RunResult, find_device, fused, versions
@@ -128,7 +128,7 @@ class Distillation:
         init = self.student.init
         null, style = null_rows(self.base).to(init), init.clone()
         chosen = []
-        for stage in tqdm(self.stages, desc="initialise", unit="stage"):
+        for stage in tqdm(self.stages, desc="initialise", unit="stage", disable=not shows_bars()):
             rows = self.train_set.rows(stage)[:INIT_SAMPLES]
             errors = []
             for scale in INIT_GUIDANCE_GRID:

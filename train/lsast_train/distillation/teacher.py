@@ -23,7 +23,7 @@ from lsast_engines.diffusion import Step, TimestepSchedule, guide, make_solver
 from ..base.attention import packed_kv
 from ..base.base import Base
 from ..options import DistillOptions
-from ..paintings import Painting, encode_pictures, random_crop, sample_posterior, to_edges
+from ..paintings import Painting, encode_pictures, random_crop, sample_posterior, shows_bars, to_edges
 from ..training.rng import RngStream, rng_for
 
 BATCH = 8
@@ -122,7 +122,8 @@ class Teacher:
         options = self.options
         whole = TimestepSchedule.build(self.noise, options.teacher_steps, options.strength, self.stages, options.solver)
         batches = torch.arange(len(contents.latents)).split(_at_once(contents))
-        for number, picture in enumerate(tqdm(batches, desc=("teacher", "held out")[split], unit="batch")):
+        bar = tqdm(batches, desc=("teacher", "held out")[split], unit="batch", disable=not shows_bars())
+        for number, picture in enumerate(bar):
             generator = rng_for(options.seed, RngStream.TEACHER, split, number)
             schedule = jitter_timesteps(whole, float(torch.rand((), generator=generator)), self.stages)
             solver = make_solver(schedule)

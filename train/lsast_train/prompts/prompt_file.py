@@ -195,7 +195,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         if not path.is_file():  # a pipe would be waited for
             raise FileNotFoundError(path)
-        with safe_open(str(path), "pt") as file:
+        with path.open("rb"), safe_open(str(path), "pt") as file:  # it calls an unreadable one missing
             header = json.loads((file.metadata() or {}).get(_KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except FileNotFoundError:

@@ -96,7 +96,7 @@ class TrainingLoop:
     def _restore(self) -> None:
         path = self.checkpoint
         try:
-            with safe_open(str(path), "pt") as file:
+            with path.open("rb"), safe_open(str(path), "pt") as file:
                 facts: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -130,9 +130,11 @@ class TrainingLoop:
     @contextlib.contextmanager
     def finishing(self, result: Path) -> Iterator[None]:
         """Remove the checkpoint after the block, which writes the `result` of a finished run. If the result cannot be
-        written, keep one, and raise a `TrainingError` that says whether there is one."""
+        written, keep one, and raise a `TrainingError` that says whether there is one. The first signal is
+        ignored."""
         try:
-            yield
+            with _deferred_signals():
+                yield
         except OSError as error:
             with contextlib.suppress(OSError):  # one of an earlier step may be there
                 self.save()
@@ -193,7 +195,8 @@ class TrainingLoop:
         evaluating = 0.0
         steps = self.options.steps
         done = self.step >= steps
-        bar = tqdm(total=steps, initial=self.step, desc=self.name, unit="step", disable=not self.writes)
+        shown = self.writes and log.isEnabledFor(logging.WARNING)
+        bar = tqdm(total=steps, initial=self.step, desc=self.name, unit="step", disable=not shown)
         with bar, _deferred_signals() as signals:
             while not done:
                 start = time.monotonic()
