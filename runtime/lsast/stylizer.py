@@ -339,8 +339,8 @@ class Stylizer:
             of a batch are divided by its pictures.
 
         Raises:
-            LsastError: see `stylize`; raised in the place of its picture, and ends the stream, as an exception of
-                `pictures` itself is and does.
+            LsastError: see `stylize`; raised in the place of its picture, and ends the stream. So does an exception
+                that `pictures` raises.
             UsageError: a batch below 1, or fewer or more styles or rows than pictures.
         """
         rule = Rule(int, "", range=Range(1))

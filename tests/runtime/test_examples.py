@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import lsast
+from lsast.options.style_mix import Mix
 from lsast.request import resolve_options
 from lsast_engines.bundle.bundle import Bundle
 
@@ -175,6 +176,7 @@ def test_comfyui_nodes_follow_its_conventions_and_paint(photo, stylizer):
 )
 def test_comfyui_mix_of_mixes_is_a_style(first, second, share, expected):
     assert _example("comfyui/__init__").Mix().mix(first, second, share) == (expected,)
+    Mix.parse(expected)
 
 
 def test_gradio_app_paints_and_is_short(photo, stylizer, monkeypatch):

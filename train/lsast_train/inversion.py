@@ -116,7 +116,8 @@ class Inversion:
         if not self.loop.history:
             self._evaluate(None)
         self.loop.run(self._train_step, self._evaluate, self._any_signal)
-        return self._finish()
+        with self.loop.finishing(self.files.result):
+            return self._finish()
 
     def loss(self, step: int, process: int, part: int = 0) -> torch.Tensor:
         """The training loss of `step` (from 0) in `process`: weighted noise error of the random batch number `part`."""
@@ -197,9 +198,8 @@ class Inversion:
         best, relative = self.curve.best()["step"], self.curve.relative(self.curve.best())
         result = RunResult(self.files.result, self.files.curve, self.loop.step, best, relative, self.loop.seconds)
         if self.accelerator.is_main_process:
-            with self.loop.finishing(self.files.result):
-                prompts = Prompts.of(self.best, self.files.name, self.base.fingerprint, self._meta(result))
-                save_prompts(prompts, self.files.result)
+            prompts = Prompts.of(self.best, self.files.name, self.base.fingerprint, self._meta(result))
+            save_prompts(prompts, self.files.result)
             if best == 0:
                 log.warning("no step lowered the held-out loss; the initial prompts are kept: change --lr or --steps")
             log.info("kept step %d: held-out loss: %.4f x that of the initial prompts", best, relative)

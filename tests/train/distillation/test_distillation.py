@@ -124,6 +124,7 @@ def test_distill_command_prints_the_style_file(base, source, paintings, tmp_path
     assert "is left" in err
     with RunFiles(Path("runs/hand-g3"), "hand-g3", prompts=False).reserved(64, 8, False):
         assert "is being trained by another run" in command(*arguments, "--overwrite")[2]
+    assert command(*arguments, "--overwrite", "--quiet")[::2] == (0, "")
     code, _, err = command(*arguments[:-1], "--guidance", "1")
     assert (code, "takes one pass already" in err) == (2, True)
 

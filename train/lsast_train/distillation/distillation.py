@@ -121,7 +121,8 @@ class Distillation:
             self.loop.record(held_out, training, None)  # the original style
             self._evaluate(None)
         self.loop.run(self._train_step, self._evaluate)
-        return self._finish()
+        with self.loop.finishing(self.files.result):
+            return self._finish()
 
     def _initialise(self) -> None:
         """Put every stage at the best point of `INIT_GUIDANCE_GRID` on the line from the null context to the style."""
@@ -204,7 +205,6 @@ class Distillation:
         with torch.no_grad():
             kv_unet = torch.stack([self.student.rows(stage)[0] for stage in range(self.style.stages)]).cpu().numpy()
         style = replace(self.style, name=files.name, base=self.base.fingerprint, kv_unet=kv_unet, meta=meta)
-        with self.loop.finishing(files.result):
-            style.save(files.result)
+        style.save(files.result)
         log.info("kept step %d: %.4f of the way from unguided to guided is left", best, relative)
         return RunResult(files.result, files.curve, self.loop.step, best, relative, self.loop.seconds)

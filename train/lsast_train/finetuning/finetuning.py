@@ -98,7 +98,8 @@ class Finetuning:
         if not self.loop.history:
             self._evaluate(None)
         self.loop.run(self._train_step, self._evaluate)
-        return self._finish()
+        with self.loop.finishing(self.files.result):
+            return self._finish()
 
     def _train_step(self, step: int) -> float:
         options = self.options
@@ -147,8 +148,7 @@ class Finetuning:
             meta=meta,
         )  # fmt: skip
         self.loop.write_log(self.files.curve)
-        with self.loop.finishing(self.files.result):
-            save_prompts(tuned, self.files.result)
+        save_prompts(tuned, self.files.result)
         if end >= start:
             log.warning("the held-out loss did not fall: %.4f x that of the start; change --lr or --steps", end / start)
         return result

@@ -137,12 +137,14 @@ class TrainingLoop:
                 yield
         except OSError as error:
             with contextlib.suppress(OSError):  # one of an earlier step may be there
-                self.save()
+                if self.writes:
+                    self.save()
             again = ": then go on with --resume" if self.checkpoint.exists() else ""
             raise TrainingError(
                 f"cannot write {result} ({error}); expected a place to write to, with room{again}"
             ) from error
-        self.checkpoint.unlink(missing_ok=True)
+        if self.writes:
+            self.checkpoint.unlink(missing_ok=True)
 
     def record(self, held_out: list[float], training: list[float], loss: float | None) -> Evaluation:
         """Append what was measured after the last step to `history`."""
